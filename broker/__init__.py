@@ -1,0 +1,1 @@
+"""A durable, ordered log of events and its live fan-out; it knows nothing of learning."""

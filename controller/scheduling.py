@@ -1,0 +1,276 @@
+"""What a run calls for next: the synchronous protocol.
+
+Rule: `decide` changes nothing. Its effects are events to publish or folds to run, and they come
+back through the log, where `round.apply` takes them. Asking twice is harmless: every effect has a
+key, and the shell runs a key once.
+
+A round closes when every invited learner has answered or gone silent for longer than its lease.
+It counts if at least `quorum` updates are in; else the run fails and says who was missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from google.protobuf.message import Message
+
+from metisfl.controller.lease import Wait
+from metisfl.controller.round import Phase, Run, Status, present
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto import topics
+
+__all__ = [
+    "Contribution",
+    "Effect",
+    "Fold",
+    "Publish",
+    "decide",
+    "key_of",
+    "round_closed",
+    "seed_of",
+    "waits",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    key: str
+    topic: str
+    message: Message
+    correlation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    learner: str
+    task_id: str
+    digest: bytes
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Make the community model of a round, learners in the order of their names."""
+
+    key: str
+    run_id: str
+    round: int
+    base_digest: bytes  # empty for round 0
+    contributions: tuple[Contribution, ...]
+
+
+Effect = Publish | Fold
+
+
+def key_of(message: Message) -> str:
+    """Name what an event settles, so that an effect and the event it became can be matched."""
+    kind = message.DESCRIPTOR.name
+    if isinstance(message, pb.RoundOpened):
+        tasks = ",".join(invitation.task_id for invitation in message.invited)
+        return f"{kind}:{message.run_id}:{message.round}:{tasks}"
+    if isinstance(message, pb.RoundClosed):
+        return f"{kind}:{message.run_id}:{message.round}"
+    if isinstance(message, (pb.RunStarted, pb.RunFinished)):
+        return f"{kind}:{message.run_id}"
+    task_id = getattr(message, "task_id", "")
+    return f"{kind}:{task_id}" if task_id else f"{kind}:learner:{message.learner}"  # type: ignore[attr-defined]
+
+
+def seed_of(run_seed: int, round_number: int, learner: str) -> int:
+    """Derive a task's seed, 0 to 2^63 - 1, from nothing but the run, the round and the learner."""
+    text = f"metisfl-seed-1|{run_seed}|{round_number}|{learner}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def decide(run: Run) -> tuple[Effect, ...]:
+    """Return what the state calls for. Pure: the same state gives the same effects."""
+    plan = run.plan
+    if plan is None or run.phase is Phase.FINISHED:
+        return ()
+    admissions = tuple(
+        _publish(topics.ledger_topic(run.federation, name), pb.MemberAdmitted(learner=name))
+        for name in sorted(run.asking)
+        if name in plan.learners
+    )
+    return admissions + _DECISIONS[run.phase](run, plan)
+
+
+def _decide_gathering(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
+    here = present(run, plan)
+    everyone_known = all(name in run.members or name in run.absent for name in plan.learners)
+    if not everyone_known or len(here) < plan.quorum:
+        return ()
+    return (_open_round(run, plan, 0, here[:1]),)
+
+
+def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
+    pending = _assignments(run, plan) + _cancellations(run)
+    if not all(task.settled for task in run.tasks.values()):
+        return pending
+    counted = _contributions(run)
+    if run.round == 0 and not counted:
+        left = [name for name in present(run, plan) if name not in run.tried]
+        if left:
+            return (*pending, _open_round(run, plan, 0, left[:1]))
+        return (*pending, _fail(run, plan, "no learner could build the initial model"))
+    if run.round > 0 and len(counted) < plan.quorum:
+        why = f"round {run.round} has {len(counted)} updates; the quorum is {plan.quorum}"
+        return (*pending, _fail(run, plan, why))
+    fold = Fold(
+        key=f"Fold:{plan.run_id}:{run.round}",
+        run_id=plan.run_id,
+        round=run.round,
+        base_digest=run.model_digest,
+        contributions=counted,
+    )
+    return (*pending, fold)
+
+
+def _decide_evaluating(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
+    pending = _assignments(run, plan) + _cancellations(run)
+    if not all(task.settled for task in run.tasks.values()):
+        return pending
+    if run.round < plan.rounds:
+        here = present(run, plan)
+        if len(here) >= plan.quorum:
+            return (*pending, _open_round(run, plan, run.round + 1, here))
+        why = f"{len(here)} learners are left after round {run.round}; the quorum is {plan.quorum}"
+        return (*pending, _fail(run, plan, why))
+    done = pb.RunFinished(
+        run_id=plan.run_id,
+        outcome=pb.RunFinished.COMPLETED,
+        model_digest=run.model_digest,
+        rounds=run.round,
+    )
+    return (*pending, _publish(topics.run_topic(run.federation), done, plan.run_id))
+
+
+_DECISIONS: Mapping[Phase, Callable[[Run, pb.RunStarted], tuple[Effect, ...]]] = MappingProxyType(
+    {
+        Phase.GATHERING: _decide_gathering,
+        Phase.TRAINING: _decide_training,
+        Phase.EVALUATING: _decide_evaluating,
+    }
+)
+
+
+def _publish(topic: str, message: Message, correlation_id: str = "") -> Publish:
+    return Publish(key_of(message), topic, message, correlation_id)
+
+
+def _open_round(run: Run, plan: pb.RunStarted, number: int, invited: list[str]) -> Publish:
+    kind = "initialise" if number == 0 else "train"
+    opened = pb.RoundOpened(
+        run_id=plan.run_id,
+        round=number,
+        model_digest=run.model_digest,
+        invited=[
+            pb.Invitation(learner=name, task_id=f"{plan.run_id}.{number}.{kind}.{name}")
+            for name in invited
+        ],
+    )
+    return _publish(topics.run_topic(run.federation), opened, plan.run_id)
+
+
+def _fail(run: Run, plan: pb.RunStarted, why: str) -> Publish:
+    reasons = [f"{t.learner}: {t.reason}" for t in run.tasks.values() if t.reason]
+    failed = pb.RunFinished(
+        run_id=plan.run_id,
+        outcome=pb.RunFinished.FAILED,
+        reason="; ".join([why, *reasons])[:2_000],
+        model_digest=run.model_digest,
+        rounds=max(run.round - 1, 0) if run.phase is Phase.TRAINING else run.round,
+    )
+    return _publish(topics.run_topic(run.federation), failed, plan.run_id)
+
+
+def _assignments(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
+    last = run.phase is Phase.EVALUATING and run.round == plan.rounds
+    return tuple(
+        _publish(
+            topics.task_topic(run.federation, task.learner),
+            pb.TaskAssigned(
+                task_id=task.task_id,
+                run_id=plan.run_id,
+                round=run.round,
+                kind=task.kind,  # type: ignore[arg-type]
+                learner=task.learner,
+                model_digest=run.model_digest,
+                seed=seed_of(plan.seed, run.round, task.learner),
+                lease_s=plan.lease_s,
+                hyperparameters=plan.hyperparameters,
+                keep_model=last,
+            ),
+            task.task_id,
+        )
+        for task in run.tasks.values()
+        if task.status is Status.INVITED
+    )
+
+
+def _cancellations(run: Run) -> tuple[Effect, ...]:
+    return tuple(
+        _publish(
+            topics.task_topic(run.federation, task.learner),
+            pb.TaskCancelled(task_id=task.task_id, reason=task.reason),
+            task.task_id,
+        )
+        for task in run.tasks.values()
+        if task.status is Status.LAPSED and not task.cancelled
+    )
+
+
+def _contributions(run: Run) -> tuple[Contribution, ...]:
+    return tuple(
+        Contribution(
+            learner=task.learner,
+            task_id=task.task_id,
+            digest=task.stored_digest,
+            weight=1.0 if run.round == 0 else float(task.completion.examples),
+        )
+        for task in sorted(run.tasks.values(), key=lambda task: task.learner)
+        if task.counts and task.completion is not None
+    )
+
+
+def round_closed(run: Run, fold: Fold, model_digest: bytes) -> Publish:
+    """Turn a finished fold into the event that closes its round."""
+    counted = {one.learner for one in fold.contributions}
+    closed = pb.RoundClosed(
+        run_id=fold.run_id,
+        round=fold.round,
+        model_digest=model_digest,
+        counted=[
+            pb.Contribution(
+                learner=one.learner,
+                task_id=one.task_id,
+                weight=one.weight,
+                update_digest=one.digest,
+            )
+            for one in fold.contributions
+        ],
+        missing=[
+            pb.Absence(learner=task.learner, reason=task.reason)
+            for task in sorted(run.tasks.values(), key=lambda task: task.learner)
+            if task.learner not in counted
+        ],
+    )
+    return _publish(topics.run_topic(run.federation), closed, fold.run_id)
+
+
+def waits(run: Run) -> tuple[Wait, ...]:
+    """Who is awaited now: the leases that the shell must watch."""
+    plan = run.plan
+    if plan is None or run.phase is Phase.FINISHED:
+        return ()
+    if run.phase is Phase.GATHERING:
+        missing = (n for n in plan.learners if n not in run.members and n not in run.absent)
+        return tuple(Wait(name, "", plan.lease_s) for name in missing)
+    return tuple(
+        Wait(task.learner, task.task_id, plan.lease_s)
+        for task in run.tasks.values()
+        if task.status is Status.ASSIGNED
+    )

@@ -1,0 +1,1 @@
+"""How a federation's processes are configured, started, watched and ended."""

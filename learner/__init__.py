@@ -1,0 +1,1 @@
+"""A site's local work: train, evaluate, and send what may leave the site."""

@@ -1,0 +1,239 @@
+"""Any history of answers, silences, repeats and strangers gives rounds that close once and add up.
+
+The history is a log: the controller's own events come back through it, in any order that the
+broker may give them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metisfl.controller.round import Logged, Phase, Run, Status, apply
+from metisfl.controller.scheduling import Fold, Publish, decide, round_closed, seed_of, waits
+from metisfl.proto import events_pb2 as pb
+
+LEARNERS = ("ada", "bob", "cyd")
+DIGEST = bytes(range(32))
+
+
+def plan(rounds: int = 2, quorum: int = 2) -> pb.RunStarted:
+    return pb.RunStarted(
+        run_id="r1",
+        rounds=rounds,
+        learners=LEARNERS,
+        quorum=quorum,
+        lease_s=5.0,
+        seed=7,
+        privacy="plain",
+        hyperparameters=pb.Hyperparameters(epochs=1, batch_size=8),
+    )
+
+
+@dataclass
+class World:
+    """A log, the state it gives, and the effects that are under way."""
+
+    run: Run = field(default_factory=lambda: Run("f"))
+    log: list[Logged] = field(default_factory=list)
+    under_way: dict[str, Publish | Fold] = field(default_factory=dict)
+    done_keys: set[str] = field(default_factory=set)
+
+    def log_event(self, message: Message, publisher: str) -> str:
+        event = Logged(message, publisher, len(self.log))
+        self.log.append(event)
+        self.run, dropped = apply(self.run, event)
+        self.run.validate()
+        for effect in decide(self.run):
+            if effect.key not in self.done_keys:
+                self.done_keys.add(effect.key)
+                self.under_way[effect.key] = effect
+        return dropped
+
+    def perform(self, key: str) -> None:
+        effect = self.under_way.pop(key)
+        if isinstance(effect, Fold):
+            effect = round_closed(self.run, effect, DIGEST)
+        self.log_event(effect.message, "controller")
+
+    def perform_all(self) -> None:
+        while self.under_way:
+            self.perform(next(iter(self.under_way)))
+
+    def start(self, the_plan: pb.RunStarted) -> None:
+        self.log_event(the_plan, "driver:d")
+        for name in LEARNERS:
+            self.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+        self.perform_all()
+
+    def complete(self, task_id: str, examples: int = 10, digest: bytes = DIGEST) -> str:
+        name = task_id.rsplit(".", 1)[1]
+        kind = self.run.tasks[task_id].kind if task_id in self.run.tasks else pb.TRAIN
+        if kind != pb.EVALUATE:
+            self.log_event(
+                pb.UpdateStored(task_id=task_id, learner=name, digest=DIGEST), "controller"
+            )
+        return self.log_event(
+            pb.TaskCompleted(
+                task_id=task_id, learner=name, update_digest=digest, examples=examples
+            ),
+            f"learner:{name}",
+        )
+
+
+def counted(log: list[Logged]) -> list[pb.RoundClosed]:
+    return [e.message for e in log if isinstance(e.message, pb.RoundClosed)]
+
+
+def test_a_run_without_trouble_counts_everyone_in_every_round() -> None:
+    world = World()
+    world.start(plan(rounds=3))
+    for _ in range(50):
+        for task_id in list(world.run.tasks):
+            world.complete(task_id)
+        world.perform_all()
+        if world.run.phase is Phase.FINISHED:
+            break
+    closed = counted(world.log)
+    assert [c.round for c in closed] == [0, 1, 2, 3]
+    assert [c.learner for c in closed[0].counted] == ["ada"], "the first name builds the model"
+    assert all([c.learner for c in one.counted] == list(LEARNERS) for one in closed[1:])
+    assert all(c.weight == 10 for one in closed[1:] for c in one.counted)
+    assert world.run.finished is not None
+    assert world.run.finished.outcome == pb.RunFinished.COMPLETED
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 3), st.integers(1, 3))
+def test_every_history_ends_and_adds_up(rng: random.Random, rounds: int, quorum: int) -> None:
+    world = World()
+    world.log_event(plan(rounds, quorum), "driver:d")
+    for _ in range(400):
+        if world.run.phase is Phase.FINISHED:
+            break
+        choices = ["perform"] * 4 + ["answer", "answer", "fail", "lapse", "repeat", "join"]
+        choice = rng.choice([*choices, "stranger", "another run"])
+        open_tasks = [t for t in world.run.tasks.values() if t.status is Status.ASSIGNED]
+        if choice == "perform" and world.under_way:
+            world.perform(rng.choice(sorted(world.under_way)))
+        elif choice == "answer" and open_tasks:
+            world.complete(rng.choice(open_tasks).task_id, examples=rng.choice([0, 1, 9]))
+        elif choice == "fail" and open_tasks and rng.random() < 0.3:
+            task = rng.choice(open_tasks)
+            world.log_event(
+                pb.TaskFailed(task_id=task.task_id, learner=task.learner, reason="x"),
+                f"learner:{task.learner}",
+            )
+        elif choice == "lapse" and waits(world.run) and rng.random() < 0.3:
+            wait = rng.choice(waits(world.run))
+            world.log_event(
+                pb.LeaseEnded(task_id=wait.task_id, learner=wait.learner, silent_s=6),
+                "controller",
+            )
+        elif choice == "repeat":
+            old = rng.choice(world.log)
+            if not isinstance(old.message, (pb.RoundOpened, pb.RoundClosed, pb.RunFinished)):
+                world.log_event(old.message, old.publisher)
+        elif choice == "join":
+            name = rng.choice(LEARNERS)
+            world.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+        elif choice == "stranger":
+            dropped = world.log_event(pb.MemberAdmitted(learner="mallory"), "learner:mallory")
+            assert "may not send" in dropped
+        elif choice == "another run":
+            assert "while" in world.log_event(plan(), "driver:d")
+    closed = counted(world.log)
+    assert [c.round for c in closed] == list(range(len(closed))), "rounds close once, in order"
+    for one in closed[1:]:
+        assert len(one.counted) >= quorum
+        assert len({c.learner for c in one.counted}) == len(one.counted)
+        assert all(c.weight > 0 for c in one.counted), "an update without examples never counts"
+    again = Run("f")
+    for event in world.log:
+        again, _ = apply(again, event)
+    assert again == world.run, "the log alone gives the state"
+
+
+def test_asking_twice_changes_nothing() -> None:
+    world = World()
+    world.start(plan())
+    assert decide(world.run) == decide(world.run)
+
+
+def test_a_late_update_is_named_and_dropped() -> None:
+    world = World()
+    world.start(plan())
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    late = "r1.1.train.cyd"
+    world.log_event(pb.LeaseEnded(task_id=late, learner="cyd", silent_s=6), "controller")
+    assert "late" in world.complete(late)
+    for name in ("ada", "bob"):
+        world.complete(f"r1.1.train.{name}")
+    world.perform_all()
+    closed = counted(world.log)[-1]
+    assert [c.learner for c in closed.counted] == ["ada", "bob"]
+    assert [(m.learner, "silent" in m.reason) for m in closed.missing] == [("cyd", True)]
+    cancelled = [e.message.task_id for e in world.log if isinstance(e.message, pb.TaskCancelled)]
+    assert cancelled == [late]
+    assert "cyd" in {t.learner for t in world.run.tasks.values()}, "asked again afterwards"
+
+
+def test_without_quorum_the_run_fails_and_says_who_was_missing() -> None:
+    world = World()
+    world.start(plan(quorum=3))
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    world.complete("r1.1.train.ada")
+    world.complete("r1.1.train.bob")
+    world.log_event(
+        pb.TaskFailed(task_id="r1.1.train.cyd", learner="cyd", reason="disk full"), "learner:cyd"
+    )
+    world.perform_all()
+    assert world.run.finished is not None
+    assert world.run.finished.outcome == pb.RunFinished.FAILED
+    assert "2 updates; the quorum is 3" in world.run.finished.reason
+    assert "cyd: disk full" in world.run.finished.reason
+
+
+def test_the_next_learner_builds_the_model_if_the_first_cannot() -> None:
+    world = World()
+    world.start(plan())
+    world.log_event(
+        pb.TaskFailed(task_id="r1.0.initialise.ada", learner="ada", reason="no app"), "learner:ada"
+    )
+    world.perform_all()
+    assert list(world.run.tasks) == ["r1.0.initialise.bob"]
+
+
+def test_an_update_that_is_not_the_one_reported_fails_its_learner_only() -> None:
+    world = World()
+    world.start(plan())
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    world.complete("r1.1.train.ada", digest=bytes(32))
+    world.complete("r1.1.train.bob")
+    world.complete("r1.1.train.cyd")
+    world.perform_all()
+    assert [m.reason for m in counted(world.log)[-1].missing] == [
+        "the update that was stored is not the one that was reported"
+    ]
+
+
+def test_a_learner_cannot_answer_for_another() -> None:
+    world = World()
+    world.start(plan())
+    forged = pb.TaskCompleted(task_id="r1.0.initialise.ada", learner="ada", update_digest=DIGEST)
+    assert "may not send" in world.log_event(forged, "learner:bob")
+    stolen = pb.TaskCompleted(task_id="r1.0.initialise.ada", learner="bob", update_digest=DIGEST)
+    assert "does not hold" in world.log_event(stolen, "learner:bob")
+
+
+def test_seeds_differ_by_round_and_learner_and_fit_63_bits() -> None:
+    seeds = {seed_of(s, r, n) for s in (0, 1) for r in range(20) for n in LEARNERS}
+    assert len(seeds) == 2 * 20 * 3
+    assert all(0 <= seed < 2**63 for seed in seeds)

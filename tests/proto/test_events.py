@@ -1,0 +1,78 @@
+"""Whatever bytes arrive, decode gives a message within its limits or a PeerError."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto.errors import PeerError
+from metisfl.proto.events import EVENT_TYPES, LIMITS, PAYLOAD_BYTES_MAX, decode, encode
+
+COMPLETED = pb.TaskCompleted(
+    task_id="t", learner="ada", update_digest=bytes(32), examples=3, metrics={"loss": 0.5}
+)
+
+
+def test_every_field_of_every_event_has_a_limit() -> None:
+    for name, limits in LIMITS.items():
+        fields = {field.name for field in pb.DESCRIPTOR.message_types_by_name[name].fields}
+        assert set(limits) == fields, name
+
+
+def test_every_message_of_the_schema_is_an_event_or_named_as_a_part() -> None:
+    frames = {"Envelope", "Hello", "Welcome"}
+    assert set(pb.DESCRIPTOR.message_types_by_name) - frames == set(LIMITS)
+
+
+def test_an_event_comes_back_as_it_was() -> None:
+    assert decode(*encode(COMPLETED)) == COMPLETED
+
+
+@given(st.sampled_from(sorted(EVENT_TYPES)), st.binary(max_size=200))
+def test_any_bytes_are_an_event_or_a_peer_error(name: str, payload: bytes) -> None:
+    try:
+        message = decode(name, payload)
+    except PeerError:
+        return
+    assert encode(message)[0] == name
+
+
+@given(st.integers(0, 200), st.integers(0, 255))
+def test_a_damaged_event_is_an_event_or_a_peer_error(position: int, byte: int) -> None:
+    name, payload = encode(COMPLETED)
+    damaged = bytearray(payload)
+    damaged[position % len(damaged)] = byte
+    with contextlib.suppress(PeerError):
+        encode(decode(name, bytes(damaged)))
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (pb.LearnerJoined(learner="Ada Lovelace"), "is not a name"),
+        (pb.TaskFailed(task_id="t" * 201, learner="ada"), "201 characters; allowed are 1 to 200"),
+        (pb.Progress(task_id="t", learner="a", state="x", fraction=2), "allowed are 0 to 1"),
+        (
+            pb.TaskCompleted(task_id="t", learner="a", metrics={"loss": float("nan")}),
+            "it must be finite",
+        ),
+        (pb.UpdateStored(task_id="t", learner="a", digest=b"short"), "a SHA-256 digest has 32"),
+    ],
+)
+def test_a_limit_is_named_to_the_peer_and_to_us(message: pb.TaskFailed, complaint: str) -> None:
+    name = message.DESCRIPTOR.name
+    with pytest.raises(PeerError, match=complaint):
+        decode(name, message.SerializeToString())
+    with pytest.raises(ValueError, match=complaint):
+        encode(message)
+
+
+def test_an_unknown_type_and_a_flood_of_bytes_are_refused() -> None:
+    with pytest.raises(PeerError, match="unknown event type 'Shutdown'"):
+        decode("Shutdown", b"")
+    with pytest.raises(PeerError, match=f"at most {PAYLOAD_BYTES_MAX}"):
+        decode("TaskFailed", bytes(PAYLOAD_BYTES_MAX + 1))
