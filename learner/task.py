@@ -1,0 +1,297 @@
+"""The life of a learner's tasks: queued, fetching, working, uploading, reported, forgotten.
+
+Rule 1: every task that is accepted is reported exactly once, unless it is cancelled or its round
+is over first.
+Rule 2: one task is active at a time, in the order of assignment.
+Rule 3: what is late, repeated or unknown changes nothing.
+Rule 4: `resume` gives the effects of a state that came back from disk: a trained update is sent,
+never trained again; work that was cut is done again, from the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from types import MappingProxyType
+
+from metisfl.proto import events_pb2 as pb
+
+__all__ = [
+    "Assigned",
+    "Cancelled",
+    "Discard",
+    "Done",
+    "Effect",
+    "Event",
+    "Failed",
+    "Fetch",
+    "Fetched",
+    "Job",
+    "Outcome",
+    "Report",
+    "RoundOver",
+    "RunOver",
+    "Stage",
+    "Stop",
+    "Tasks",
+    "Upload",
+    "Uploaded",
+    "Work",
+    "handle",
+    "resume",
+]
+
+
+class Stage(Enum):
+    QUEUED = "queued"
+    FETCHING = "fetching"
+    WORKING = "working"
+    UPLOADING = "uploading"
+    REPORTED = "reported"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the work gave. `update_digest` is empty for an evaluation."""
+
+    update_digest: bytes
+    examples: int
+    batches: int
+    metrics: Mapping[str, float]
+    training_s: float
+    model_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    assigned: pb.TaskAssigned
+    stage: Stage = Stage.QUEUED
+    outcome: Outcome | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.stage not in (Stage.QUEUED, Stage.REPORTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """All jobs of a learner, by task id, oldest first."""
+
+    learner: str
+    jobs: Mapping[str, Job] = MappingProxyType({})
+
+    def validate(self) -> None:
+        """Assert what holds between any two events."""
+        active = [job for job in self.jobs.values() if job.active]
+        queued = [job for job in self.jobs.values() if job.stage is Stage.QUEUED]
+        assert len(active) <= 1, "one task at a time"
+        assert active or not queued, "nobody waits while the learner is idle"
+        for job in self.jobs.values():
+            if job.stage is Stage.UPLOADING:
+                assert job.outcome is not None
+                assert job.outcome.update_digest
+
+
+# ---- Events: what happened ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    task: pb.TaskAssigned
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOver:
+    run_id: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunOver:
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    task_id: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Fetching, work or upload failed for good; `reason` is for the round's record."""
+
+    task_id: str
+    reason: str
+
+
+Event = Assigned | Cancelled | RoundOver | RunOver | Fetched | Done | Uploaded | Failed
+
+
+# ---- Effects: what to do about it ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    task: pb.TaskAssigned
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    task: pb.TaskAssigned
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    task: pb.TaskAssigned
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    message: pb.TaskCompleted | pb.TaskFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop whatever is being done for this task."""
+
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """The update of this task is no longer needed."""
+
+    task_id: str
+
+
+Effect = Fetch | Work | Upload | Report | Stop | Discard
+
+
+def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
+    """Return the state after an event and what to do."""
+    if isinstance(event, Assigned):
+        return _assigned(tasks, event.task)
+    if isinstance(event, RoundOver):
+        return _forget(tasks, lambda job: _is_over(job, event))
+    if isinstance(event, RunOver):
+        return _forget(tasks, lambda job: job.assigned.run_id == event.run_id)
+    if isinstance(event, Cancelled):
+        return _forget(tasks, lambda job: job.assigned.task_id == event.task_id)
+    job = tasks.jobs.get(event.task_id)
+    if job is None or not job.active:
+        return tasks, ()
+    if isinstance(event, Failed):
+        failed = pb.TaskFailed(
+            task_id=event.task_id, learner=tasks.learner, reason=event.reason[:2_000]
+        )
+        return _report(tasks, job, failed)
+    if isinstance(event, Fetched) and job.stage is Stage.FETCHING:
+        return _put(tasks, replace(job, stage=Stage.WORKING)), (Work(job.assigned),)
+    if isinstance(event, Done) and job.stage is Stage.WORKING:
+        return _worked(tasks, job, event.outcome)
+    if isinstance(event, Uploaded) and job.stage is Stage.UPLOADING:
+        assert job.outcome is not None
+        return _report(tasks, job, _completed(tasks, job, job.outcome))
+    return tasks, ()
+
+
+def resume(tasks: Tasks) -> tuple[Effect, ...]:
+    """Return what to do in a state that was read back from disk."""
+    return tuple(effect for job in tasks.jobs.values() if job.active for effect in _begin(job))
+
+
+def _assigned(tasks: Tasks, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect, ...]]:
+    if task.task_id in tasks.jobs or task.learner != tasks.learner:
+        return tasks, ()
+    return _advance(_put(tasks, Job(task)))
+
+
+def _worked(tasks: Tasks, job: Job, outcome: Outcome) -> tuple[Tasks, tuple[Effect, ...]]:
+    if job.assigned.kind == pb.EVALUATE:
+        return _report(tasks, job, _completed(tasks, job, outcome))
+    uploading = replace(job, stage=Stage.UPLOADING, outcome=outcome)
+    return _put(tasks, uploading), _begin(uploading)
+
+
+def _completed(tasks: Tasks, job: Job, outcome: Outcome) -> pb.TaskCompleted:
+    return pb.TaskCompleted(
+        task_id=job.assigned.task_id,
+        learner=tasks.learner,
+        update_digest=outcome.update_digest,
+        examples=outcome.examples,
+        batches=outcome.batches,
+        metrics=dict(outcome.metrics),
+        training_s=outcome.training_s,
+        model_path=outcome.model_path,
+    )
+
+
+def _report(
+    tasks: Tasks, job: Job, message: pb.TaskCompleted | pb.TaskFailed
+) -> tuple[Tasks, tuple[Effect, ...]]:
+    after, effects = _advance(_put(tasks, replace(job, stage=Stage.REPORTED)))
+    return after, (Report(message), *effects)
+
+
+def _is_over(job: Job, over: RoundOver) -> bool:
+    """Updates of a closed round are done with; its evaluation is only about to begin."""
+    task = job.assigned
+    if task.run_id != over.run_id:
+        return False
+    return task.round < over.round or (task.round == over.round and task.kind != pb.EVALUATE)
+
+
+def _forget(tasks: Tasks, over: Callable[[Job], bool]) -> tuple[Tasks, tuple[Effect, ...]]:
+    gone = [job for job in tasks.jobs.values() if over(job)]
+    if not gone:
+        return tasks, ()
+    left = {key: job for key, job in tasks.jobs.items() if job not in gone}
+    stops = tuple(Stop(job.assigned.task_id) for job in gone if job.active)
+    discards = tuple(Discard(job.assigned.task_id) for job in gone)
+    after, effects = _advance(replace(tasks, jobs=MappingProxyType(left)))
+    return after, stops + discards + effects
+
+
+def _advance(tasks: Tasks) -> tuple[Tasks, tuple[Effect, ...]]:
+    """Start the oldest queued job if the learner is idle."""
+    if any(job.active for job in tasks.jobs.values()):
+        return tasks, ()
+    job = next((job for job in tasks.jobs.values() if job.stage is Stage.QUEUED), None)
+    if job is None:
+        return tasks, ()
+    stage = Stage.FETCHING if job.assigned.model_digest else Stage.WORKING
+    started = replace(job, stage=stage)
+    return _put(tasks, started), _begin(started)
+
+
+def _begin(job: Job) -> tuple[Effect, ...]:
+    if job.stage is Stage.FETCHING:
+        return (Fetch(job.assigned),)
+    if job.stage is Stage.WORKING:
+        return (Work(job.assigned),)
+    assert job.stage is Stage.UPLOADING
+    assert job.outcome is not None
+    return (Upload(job.assigned, job.outcome.update_digest),)
+
+
+def _put(tasks: Tasks, job: Job) -> Tasks:
+    jobs = {**tasks.jobs, job.assigned.task_id: job}
+    return replace(tasks, jobs=MappingProxyType(jobs))
