@@ -172,6 +172,12 @@ def _member_admitted(run: Run, event: Logged) -> tuple[Run, str]:
 def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
     opened = event.message
     assert isinstance(opened, pb.RoundOpened)
+    if run.phase is Phase.TRAINING:
+        in_vain = all(task.settled and not task.counts for task in run.tasks.values())
+        if not (run.round == opened.round == 0 and in_vain):
+            return run, f"round {opened.round} opened while round {run.round} is open"
+    elif opened.round != (0 if run.phase is Phase.GATHERING else run.round + 1):
+        return run, f"round {opened.round} opened after round {run.round}"
     kind = pb.INITIALISE if opened.round == 0 else pb.TRAIN
     return replace(
         run,

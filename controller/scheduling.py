@@ -68,10 +68,7 @@ Effect = Publish | Fold
 def key_of(message: Message) -> str:
     """Name what an event settles, so that an effect and the event it became can be matched."""
     kind = message.DESCRIPTOR.name
-    if isinstance(message, pb.RoundOpened):
-        tasks = ",".join(invitation.task_id for invitation in message.invited)
-        return f"{kind}:{message.run_id}:{message.round}:{tasks}"
-    if isinstance(message, pb.RoundClosed):
+    if isinstance(message, (pb.RoundOpened, pb.RoundClosed)):
         return f"{kind}:{message.run_id}:{message.round}"
     if isinstance(message, (pb.RunStarted, pb.RunFinished)):
         return f"{kind}:{message.run_id}"

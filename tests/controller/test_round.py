@@ -41,7 +41,6 @@ class World:
     run: Run = field(default_factory=lambda: Run("f"))
     log: list[Logged] = field(default_factory=list)
     under_way: dict[str, Publish | Fold] = field(default_factory=dict)
-    done_keys: set[str] = field(default_factory=set)
 
     def log_event(self, message: Message, publisher: str) -> str:
         event = Logged(message, publisher, len(self.log))
@@ -49,9 +48,7 @@ class World:
         self.run, dropped = apply(self.run, event)
         self.run.validate()
         for effect in decide(self.run):
-            if effect.key not in self.done_keys:
-                self.done_keys.add(effect.key)
-                self.under_way[effect.key] = effect
+            self.under_way.setdefault(effect.key, effect)
         return dropped
 
     def perform(self, key: str) -> None:
