@@ -60,7 +60,6 @@ class Outcome:
     batches: int
     metrics: Mapping[str, float]
     training_s: float
-    model_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +239,6 @@ def _completed(tasks: Tasks, job: Job, outcome: Outcome) -> pb.TaskCompleted:
         batches=outcome.batches,
         metrics=dict(outcome.metrics),
         training_s=outcome.training_s,
-        model_path=outcome.model_path,
     )
 
 

@@ -172,7 +172,6 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "batches": _number(0, 2**53),
             "metrics": _metrics,
             "training_s": _seconds,
-            "model_path": _text(4_096),
         },
         "TaskFailed": {"task_id": _task_id, "learner": _name, "reason": _reason},
         "UpdateStored": {

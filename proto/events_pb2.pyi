@@ -231,7 +231,7 @@ class TaskCancelled(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TaskCompleted(_message.Message):
-    __slots__ = ("task_id", "learner", "update_digest", "examples", "batches", "metrics", "training_s", "model_path")
+    __slots__ = ("task_id", "learner", "update_digest", "examples", "batches", "metrics", "training_s")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -246,7 +246,6 @@ class TaskCompleted(_message.Message):
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     TRAINING_S_FIELD_NUMBER: _ClassVar[int]
-    MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     learner: str
     update_digest: bytes
@@ -254,8 +253,7 @@ class TaskCompleted(_message.Message):
     batches: int
     metrics: _containers.ScalarMap[str, float]
     training_s: float
-    model_path: str
-    def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., update_digest: _Optional[bytes] = ..., examples: _Optional[int] = ..., batches: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_s: _Optional[float] = ..., model_path: _Optional[str] = ...) -> None: ...
+    def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., update_digest: _Optional[bytes] = ..., examples: _Optional[int] = ..., batches: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_s: _Optional[float] = ...) -> None: ...
 
 class TaskFailed(_message.Message):
     __slots__ = ("task_id", "learner", "reason")

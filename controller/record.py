@@ -1,0 +1,54 @@
+"""The record of a round, read off the run's state.
+
+Rule: a record exists once its round is over, evaluation included, and is a function of the state
+alone: writing it again after a restart gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from metisfl.controller.round import Phase, Run
+from metisfl.proto.records import Counted, Missing, RoundRecord, pool_metrics
+
+__all__ = ["record_of"]
+
+
+def record_of(run: Run) -> RoundRecord | None:
+    """Return the record of the round that is over in this state, or None while one is open."""
+    closed, plan = run.closed, run.plan
+    over = all(task.settled for task in run.tasks.values())
+    if closed is None or plan is None or run.phase is not Phase.EVALUATING or not over:
+        return None
+    trained = {task.learner: task for task in run.trained.values()}
+    evaluation, unevaluated = {}, []
+    for task in sorted(run.tasks.values(), key=lambda task: task.learner):
+        if task.counts and task.completion is not None:
+            evaluation[task.learner] = dict(task.completion.metrics)
+        else:
+            unevaluated.append(Missing(task.learner, task.reason))
+    counted = []
+    for one in closed.counted:
+        completion = trained[one.learner].completion
+        assert completion is not None, "what counted was completed"
+        counted.append(
+            Counted(
+                learner=one.learner,
+                weight=one.weight,
+                update_digest=one.update_digest,
+                examples=completion.examples,
+                training_s=completion.training_s,
+                metrics=dict(sorted(completion.metrics.items())),
+            )
+        )
+    return RoundRecord(
+        run_id=plan.run_id,
+        round=run.round,
+        model_digest=closed.model_digest,
+        opened_ns=run.opened_ns,
+        closed_ns=run.closed_ns,
+        evaluated_ns=max([run.closed_ns, *(task.settled_ns for task in run.tasks.values())]),
+        counted=tuple(counted),
+        missing=tuple(Missing(one.learner, one.reason) for one in closed.missing),
+        evaluation={name: dict(sorted(metrics.items())) for name, metrics in evaluation.items()},
+        unevaluated=tuple(unevaluated),
+        metrics=pool_metrics(evaluation.values()),
+    )

@@ -1,0 +1,56 @@
+"""Options of the daemons: a flag, or an environment variable of the same name.
+
+Rule: `--bulk` is METISFL_BULK, for every flag, so that a unit's environment file says all there is
+to say about a site. A flag wins over the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+from metisfl import __version__
+
+__all__ = ["add_option", "daemon_parser"]
+
+INGRESS = "tcp://127.0.0.1:5570"
+LIVE = "tcp://127.0.0.1:5571"
+BULK = "tcp://127.0.0.1:5572"
+
+
+def daemon_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with what every daemon has: --version, --home."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog="Every option can also be set in the environment: --home is METISFL_HOME.",
+    )
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    add_option(
+        parser, "home", help="folder for keys and state (keys/ holds identity.key and its lists)"
+    )
+    return parser
+
+
+def add_option(
+    parser: argparse.ArgumentParser,
+    name: str,
+    *,
+    help: str,
+    default: str | None = None,
+    type: Callable[[str], Any] = str,
+) -> None:
+    """Add --name. Without a default, the flag or its variable must be given."""
+    variable = f"METISFL_{name.upper().replace('-', '_')}"
+    value = os.environ.get(variable, default)
+    shown = f" (default: {default})" if default else ""
+    parser.add_argument(
+        f"--{name}",
+        required=value is None,
+        default=value,
+        type=type,
+        metavar=name.upper().replace("-", "_"),
+        help=f"{help}{shown}",
+    )

@@ -1,0 +1,107 @@
+"""Round records: what a round was, kept on disk as msgpack for people and tools to read.
+
+Rule: a record says who was asked, who counted with which weight, and who did not and why. Nothing
+in it is guessed: times are the log's, metrics are the sites' own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import msgpack
+
+from metisfl.proto.errors import MachineError
+
+__all__ = ["Counted", "Missing", "RoundRecord", "pack_record", "pool_metrics", "unpack_record"]
+
+VERSION: Final = 1
+RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """One update that is part of the community model."""
+
+    learner: str
+    weight: float
+    update_digest: bytes
+    examples: int
+    training_s: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """One learner that was asked and is not part of it."""
+
+    learner: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """A closed and evaluated round. Times are Unix ns, as the broker stored the events."""
+
+    run_id: str
+    round: int
+    model_digest: bytes
+    opened_ns: int
+    closed_ns: int
+    evaluated_ns: int
+    counted: tuple[Counted, ...]
+    missing: tuple[Missing, ...]
+    evaluation: Mapping[str, Mapping[str, float]]  # by learner
+    unevaluated: tuple[Missing, ...]
+    metrics: Mapping[str, float]  # pooled over the learners in `evaluation`
+
+
+def pool_metrics(evaluations: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Pool metrics such as "test.accuracy" over sites, weighted by the site's "test.examples".
+
+    The counts add up; a metric that a site did not report is pooled over the others. The sums are
+    exact (fsum), so the order of the sites does not matter.
+    """
+    terms: dict[str, list[tuple[float, float]]] = {}
+    for metrics in evaluations:
+        for name, value in metrics.items():
+            split = name.partition(".")[0]
+            examples = metrics.get(f"{split}.examples", 0.0)
+            if examples > 0:
+                terms.setdefault(name, []).append((value, examples))
+    pooled = {}
+    for name, pairs in sorted(terms.items()):
+        total = math.fsum(examples for _, examples in pairs)
+        if name.endswith(".examples"):
+            pooled[name] = total
+        else:
+            pooled[name] = math.fsum(value * examples for value, examples in pairs) / total
+    return pooled
+
+
+def pack_record(record: RoundRecord) -> bytes:
+    """Return the record as msgpack: a map of its fields and a version."""
+    packed: bytes = msgpack.packb({"version": VERSION, **asdict(record)})
+    return packed
+
+
+def unpack_record(data: bytes) -> RoundRecord:
+    """Read a record. Raises MachineError for bytes that `pack_record` did not write."""
+    if len(data) > RECORD_BYTES_MAX:
+        raise MachineError(f"round record of {len(data)} bytes; at most {RECORD_BYTES_MAX}")
+    try:
+        fields: dict[str, Any] = msgpack.unpackb(data)
+        if fields.pop("version") != VERSION:
+            raise ValueError("its version is not 1")
+        return RoundRecord(
+            **{
+                **fields,
+                "counted": tuple(Counted(**one) for one in fields["counted"]),
+                "missing": tuple(Missing(**one) for one in fields["missing"]),
+                "unevaluated": tuple(Missing(**one) for one in fields["unevaluated"]),
+            }
+        )
+    except (msgpack.UnpackException, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MachineError(f"this is no round record of version {VERSION}: {error}") from error
