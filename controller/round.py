@@ -82,7 +82,7 @@ class Run:
     plan: pb.RunStarted | None = None
     asking: frozenset[str] = frozenset()  # joined, not yet admitted
     members: frozenset[str] = frozenset()
-    absent: frozenset[str] = frozenset()  # did not join within the lease
+    absent: frozenset[str] = frozenset()  # left, or did not join within the lease
     round: int = 0
     model_digest: bytes = b""
     tasks: Mapping[str, Task] = MappingProxyType({})  # of this phase, by task id
@@ -146,7 +146,7 @@ def _learner_joined(run: Run, event: Logged) -> tuple[Run, str]:
     name = _learner(event)
     if name in run.members:
         return run, ""
-    return replace(run, asking=run.asking | {name}), ""
+    return replace(run, asking=run.asking | {name}, absent=run.absent - {name}), ""
 
 
 def _learner_left(run: Run, event: Logged) -> tuple[Run, str]:
@@ -156,7 +156,12 @@ def _learner_left(run: Run, event: Logged) -> tuple[Run, str]:
     for task in run.tasks.values():
         if task.learner == name and not task.settled:
             run = _settle(run, _failed(task, f"left: {left.reason or 'no reason given'}", event))
-    return replace(run, asking=run.asking - {name}, members=run.members - {name}), ""
+    return replace(
+        run,
+        asking=run.asking - {name},
+        members=run.members - {name},
+        absent=run.absent | {name},
+    ), ""
 
 
 def _member_admitted(run: Run, event: Logged) -> tuple[Run, str]:

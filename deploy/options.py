@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from metisfl import __version__
+from metisfl.proto.errors import UserError
+from metisfl.proto.topics import check_name
 
-__all__ = ["add_option", "daemon_parser"]
+__all__ = ["BULK", "INGRESS", "LIVE", "add_option", "daemon_parser", "name_of"]
 
 INGRESS = "tcp://127.0.0.1:5570"
 LIVE = "tcp://127.0.0.1:5571"
@@ -29,7 +32,10 @@ def daemon_parser(program: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     add_option(
-        parser, "home", help="folder for keys and state (keys/ holds identity.key and its lists)"
+        parser,
+        "home",
+        help="folder for keys and state (keys/ holds identity.key and its lists)",
+        type=Path,
     )
     return parser
 
@@ -54,3 +60,15 @@ def add_option(
         metavar=name.upper().replace("-", "_"),
         help=f"{help}{shown}",
     )
+
+
+def name_of(what: str) -> Callable[[str], str]:
+    """Return an argparse type for the name of a federation or learner."""
+
+    def check(text: str) -> str:
+        try:
+            return check_name(text, what)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return check

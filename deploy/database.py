@@ -1,0 +1,35 @@
+"""The state database of a daemon: SQLite, durable at every commit.
+
+Rule: state, outbox and cursors of a process live in one database, so that what belongs together is
+one transaction. Transactions are explicit: nothing is committed by accident.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from metisfl.proto.errors import MachineError
+
+__all__ = ["open_database", "transaction"]
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open or create a state database. Raises MachineError if the file cannot be used."""
+    try:
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+    except sqlite3.Error as error:
+        raise MachineError(f"{path}: {error}; the folder must exist and be writable") from None
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit what the block wrote, all of it or nothing."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield

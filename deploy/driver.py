@@ -1,0 +1,332 @@
+"""Start a federation on this machine, show its run, and keep what comes out of it.
+
+Rule: the driver is one more client of the broker. It starts processes, asks for a run by an event
+and watches the log; nothing of a run goes through it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import sqlite3
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import MappingProxyType
+
+from google.protobuf.message import Message
+
+from metisfl import __version__
+from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
+from metisfl.deploy import processes
+from metisfl.deploy.database import open_database, transaction
+from metisfl.deploy.run import StopSignal, first_end, run
+from metisfl.deploy.run_folder import DRIVER, RunFolder, create_run_folder
+from metisfl.deploy.screen import Screen, screen_for
+from metisfl.deploy.settings import Federation, load_federation
+from metisfl.deploy.view import LearnerView, View, shown_metric
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto import topics
+from metisfl.proto.errors import MachineError, MetisError
+from metisfl.proto.events import decode
+
+__all__ = ["Outcome", "command", "drive", "up"]
+
+
+class Interrupted(MetisError):
+    """The user ended the run."""
+
+    exit_code = 130
+
+
+class RunFailed(MetisError):
+    """The federation could not finish the run; the text is its reason."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a completed run gave. `model` is the folder with model.npz and model.keras."""
+
+    run_id: str
+    rounds: int
+    seconds: float  # from the first process started to the run finished
+    metrics: Mapping[str, float]  # of the final model, pooled over the learners
+    by_learner: Mapping[str, Mapping[str, float]]
+    model: Path
+    folder: Path
+
+
+async def drive(federation: Federation, folder: Path, screen: Screen | None = None) -> Outcome:
+    """Run `federation` once in `folder`, start to end. Raises MetisError if it does not complete.
+
+    Cancel it to end the run: all processes are stopped before the cancellation goes on.
+    """
+    started = time.monotonic()
+    names = sorted(learner.name for learner in federation.learners)
+    run_folder = create_run_folder(folder, names)
+    view = View(
+        run_id=datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
+        rounds=federation.rounds,
+        learners=MappingProxyType({name: LearnerView() for name in names}),
+    )
+    daemons: list[processes.Daemon] = []
+    try:
+        with (
+            screen or screen_for(view) as shown,
+            closing(open_database(run_folder.driver / "driver.db")) as connection,
+        ):
+            endpoints = processes.free_endpoints(
+                [federation.ingress, federation.live, federation.bulk]
+            )
+            await _start_daemons(federation, run_folder, endpoints, daemons)
+            shown.say(
+                f"started broker, controller and {len(names)} learners; logs in {run_folder.logs}"
+            )
+            view = await _watch(federation, run_folder, endpoints, daemons, view, connection, shown)
+            assert view.finished is not None
+            if view.finished.outcome != pb.RunFinished.COMPLETED:
+                raise RunFailed(f"the run failed: {view.finished.reason}")
+            model = _keep_model(run_folder, view.run_id)
+    finally:
+        await processes.stop_all(daemons)
+    return Outcome(
+        run_id=view.run_id,
+        rounds=view.finished.rounds,
+        seconds=time.monotonic() - started,
+        metrics=view.metrics,
+        by_learner=view.evaluated,
+        model=model,
+        folder=folder,
+    )
+
+
+async def _start_daemons(
+    federation: Federation,
+    run_folder: RunFolder,
+    endpoints: list[str],
+    daemons: list[processes.Daemon],
+) -> None:
+    ingress, live, bulk = endpoints
+    wires = {"ingress": ingress, "live": live}
+    daemons.append(
+        await processes.start(
+            "broker",
+            "metisfl.broker.service",
+            {"home": str(run_folder.broker), **wires},
+            run_folder.logs / "broker.log",
+        )
+    )
+    wires = {"federation": federation.name, **wires, "bulk": bulk}
+    daemons.append(
+        await processes.start(
+            "controller",
+            "metisfl.controller.service",
+            {"home": str(run_folder.controller), **wires},
+            run_folder.logs / "controller.log",
+        )
+    )
+    for learner in federation.learners:
+        options = {
+            "home": str(run_folder.learners[learner.name]),
+            "name": learner.name,
+            "app": federation.app.object,
+            "path": str(federation.app.path),
+            "data": learner.data,
+            **wires,
+        }
+        log = run_folder.logs / f"{learner.name}.log"
+        daemons.append(await processes.start(learner.name, "metisfl.learner.service", options, log))
+
+
+async def _watch(
+    federation: Federation,
+    run_folder: RunFolder,
+    endpoints: list[str],
+    daemons: list[processes.Daemon],
+    view: View,
+    connection: sqlite3.Connection,
+    screen: Screen,
+) -> View:
+    """Ask for the run and follow it to its end."""
+    identity = run_folder.driver_identity
+    outbox = Outbox(connection, DRIVER)
+    client = BrokerClient(
+        ingress=endpoints[0],
+        live=endpoints[1],
+        keys=ClientKeys(identity.public, identity.secret, run_folder.broker_public),
+        principal=DRIVER,
+        outbox=outbox,
+        software=f"metisfl {__version__}",
+    )
+    async with client:
+        with transaction(connection):
+            outbox.append(
+                topics.run_topic(federation.name),
+                _run_started(federation, view),
+                correlation_id=view.run_id,
+            )
+        client.flush()
+        follower = _Follower(client, federation.name, view, screen)
+        await first_end(
+            [
+                asyncio.ensure_future(follower.follow()),
+                asyncio.ensure_future(follower.listen()),
+                asyncio.ensure_future(_notice_losses(daemons, federation, screen)),
+            ]
+        )
+        return follower.view
+
+
+def _run_started(federation: Federation, view: View) -> pb.RunStarted:
+    return pb.RunStarted(
+        run_id=view.run_id,
+        rounds=federation.rounds,
+        learners=list(view.learners),
+        quorum=federation.quorum,
+        lease_s=federation.lease_s,
+        seed=federation.seed,
+        privacy=federation.privacy,
+        hyperparameters=pb.Hyperparameters(
+            epochs=federation.training.epochs,
+            batch_size=federation.training.batch_size,
+            learning_rate=federation.training.learning_rate or 0.0,
+        ),
+    )
+
+
+class _Follower:
+    """Keeps a view up to date with the log and the beats, and shows it."""
+
+    def __init__(self, client: BrokerClient, federation: str, view: View, screen: Screen) -> None:
+        self.view = view
+        self._client = client
+        self._federation = federation
+        self._screen = screen
+
+    async def listen(self) -> None:
+        """Take what the learners say of themselves, for ever."""
+        async for beat in self._client.beats(f"{self._federation}/beat/"):
+            self._take(decode(beat.type, beat.payload), 0)
+
+    async def follow(self) -> None:
+        """Return when the run is finished."""
+        async for batch in self._client.records(topics.federation_lane(self._federation)):
+            for record in batch.records:
+                self._take(decode(record.type, record.payload), record.logged_unix_ns)
+            if self.view.finished is not None:
+                return
+
+    def _take(self, message: Message, logged_unix_ns: int) -> None:
+        before, self.view = self.view, self.view.after(message)
+        self._screen.show(before, self.view, message, logged_unix_ns)
+
+
+async def _notice_losses(
+    daemons: list[processes.Daemon], federation: Federation, screen: Screen
+) -> None:
+    """Raise when the run cannot go on: a server ended, or more learners than the quorum spares."""
+    waits = {asyncio.ensure_future(one.process.wait()): one for one in daemons}
+    spare = len(federation.learners) - federation.quorum
+    pending = set(waits)
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for wait in done:
+                lost = waits[wait]
+                spare -= 1
+                if lost.name in ("broker", "controller") or spare < 0:
+                    raise MachineError(processes.last_words(lost))
+                screen.say(processes.last_words(lost))
+    finally:
+        for wait in pending:
+            wait.cancel()
+
+
+def _keep_model(run_folder: RunFolder, run_id: str) -> Path:
+    """Copy the final model, which every learner has written at its site, into the run folder."""
+    target = run_folder.folder / "model"
+    for home in run_folder.learners.values():
+        written = home / "final" / run_id
+        if (written / "model.npz").exists():
+            shutil.copytree(written, target)
+            return target
+    raise RunFailed("no learner has written the final model; see their logs")
+
+
+def up(federation: Federation, folder: Path) -> Outcome:
+    """`drive` for a command: ends cleanly on Ctrl-C. Raises MetisError."""
+    outcomes: list[Outcome] = []
+
+    async def until_stopped(stop: StopSignal) -> None:
+        driving = asyncio.ensure_future(drive(federation, folder))
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({driving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not driving.done():
+            driving.cancel()
+            await asyncio.gather(driving, return_exceptions=True)
+            raise Interrupted(f"interrupted; what the run has left is in {folder}")
+        stopped.cancel()
+        outcomes.append(driving.result())
+
+    if code := run("metisfl", until_stopped):
+        sys.exit(code)
+    return outcomes[0]
+
+
+def command(argv: list[str]) -> int:
+    """`metisfl up`: run a whole federation on this machine."""
+    parser = argparse.ArgumentParser(
+        prog="metisfl up",
+        description="Start broker, controller and all learners of a federation file on this "
+        "machine, show the run, and keep logs, round records and the final model in a run folder.",
+    )
+    parser.add_argument("file", type=Path, metavar="FEDERATION.toml")
+    parser.add_argument(
+        "--run-folder",
+        type=Path,
+        metavar="DIR",
+        help="where the run's files go (default: runs/<federation>-<time>)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout at the end"
+    )
+    options = parser.parse_args(argv)
+    federation = load_federation(options.file)
+    outcome = up(federation, options.run_folder or new_run_folder(federation.name))
+    if options.json:
+        print(json.dumps(as_json(outcome)))
+    else:
+        print(f"\n{outcome.rounds} rounds in {outcome.seconds:.1f} s; {_summary(outcome)}")
+        print(f"model: {outcome.model}")
+    return 0
+
+
+def new_run_folder(name: str) -> Path:
+    """runs/<name>-<UTC time>, which does not exist yet."""
+    return Path("runs") / f"{name}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+
+
+def as_json(outcome: Outcome) -> dict[str, object]:
+    """The fields that `metisfl up --json` prints."""
+    return {
+        "run_id": outcome.run_id,
+        "rounds": outcome.rounds,
+        "seconds": round(outcome.seconds, 3),
+        "metrics": dict(outcome.metrics),
+        "learners": {name: dict(metrics) for name, metrics in outcome.by_learner.items()},
+        "model": str(outcome.model),
+        "folder": str(outcome.folder),
+    }
+
+
+def _summary(outcome: Outcome) -> str:
+    view = View("", outcome.rounds, MappingProxyType({}), evaluated=outcome.by_learner)
+    return shown_metric(view) or "no metrics were reported"

@@ -1,0 +1,98 @@
+"""The daemons of a federation on one machine, as children of the driver.
+
+Rule: a child never outlives the driver, even if that is killed, and whatever a child says goes to
+its log in the run folder; when it ends by itself, the end of that log is what the user is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from metisfl.deploy.run import PARENT_VARIABLE
+from metisfl.proto.errors import MachineError
+
+__all__ = ["Daemon", "free_endpoints", "last_words", "start", "stop_all"]
+
+STOP_GRACE_S: Final = 10.0
+LAST_WORDS: Final = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Daemon:
+    """A running daemon. `name` is for people: "broker", "learner cleveland"."""
+
+    name: str
+    log: Path
+    process: asyncio.subprocess.Process
+
+
+async def start(name: str, module: str, options: Mapping[str, str], log: Path) -> Daemon:
+    """Start `python -m module --option value ...`. Call from the main thread."""
+    command = [sys.executable, "-m", module]
+    for option, value in options.items():
+        command += [f"--{option}", value]
+    with log.open("ab") as output:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,  # Ctrl-C is the driver's; it asks its children to end
+        )
+    return Daemon(name, log, process)
+
+
+async def stop_all(daemons: list[Daemon]) -> None:
+    """Ask all to end, last started first; kill those that have not within STOP_GRACE_S."""
+    for daemon in reversed(daemons):
+        if daemon.process.returncode is None:
+            daemon.process.send_signal(signal.SIGTERM)
+    waits = [asyncio.ensure_future(daemon.process.wait()) for daemon in daemons]
+    if waits:
+        await asyncio.wait(waits, timeout=STOP_GRACE_S)
+    for daemon in daemons:
+        if daemon.process.returncode is None:
+            daemon.process.kill()
+    await asyncio.gather(*waits)
+
+
+def last_words(daemon: Daemon) -> str:
+    """Why a daemon ended: how, and the last lines of its log."""
+    code = daemon.process.returncode
+    assert code is not None
+    how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    text = daemon.log.read_text(errors="replace").splitlines()[-LAST_WORDS:]
+    return "\n  ".join([f"{daemon.name} ended ({how}); {daemon.log} ends with", *text])
+
+
+def free_endpoints(wanted: list[str]) -> list[str]:
+    """Replace port 0 in `tcp://host:0` by a free port of this machine.
+
+    The port can be taken by another process before the daemon binds it; the daemon then says so.
+    """
+    holders, endpoints = [], []
+    try:
+        for endpoint in wanted:
+            head, _, port = endpoint.rpartition(":")
+            if port == "0":
+                host = head.removeprefix("tcp://").replace("*", "")
+                holder = socket.socket()
+                holders.append(holder)
+                holder.bind((host, 0))
+                endpoint = f"{head}:{holder.getsockname()[1]}"
+            endpoints.append(endpoint)
+    except OSError as error:
+        raise MachineError(f"no free port for {endpoint}: {error.strerror}") from None
+    finally:
+        for holder in holders:
+            holder.close()
+    return endpoints

@@ -1,0 +1,73 @@
+"""A federation on one machine: its run folder, with a home and keys for every process.
+
+Rule: every process gets a key pair of its own and knows only whom it must: the servers know their
+peers, the others know the servers. It is the layout that sites on different machines have too.
+
+    <run folder>/broker  controller  driver  learners/<name>    one home each, with keys/
+    <run folder>/logs                                           one file a process
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from metisfl.deploy.keys import Identity, add_peer, add_server, create_identity
+from metisfl.proto.errors import MachineError, UserError
+
+__all__ = ["DRIVER", "RunFolder", "create_run_folder"]
+
+DRIVER = "driver:local"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where everything of a run is."""
+
+    folder: Path
+    broker: Path
+    controller: Path
+    driver: Path
+    learners: Mapping[str, Path]
+    logs: Path
+    driver_identity: Identity
+    broker_public: bytes
+
+
+def create_run_folder(folder: Path, learners: list[str]) -> RunFolder:
+    """Make the folders and keys of a run. Raises UserError if `folder` has content already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; a run needs a folder of its own")
+    homes = {name: folder / "learners" / name for name in learners}
+    servers = {"broker": folder / "broker", "controller": folder / "controller"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "logs").mkdir()
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror}") from None
+    clients = {f"learner:{name}": home for name, home in homes.items()}
+    clients[DRIVER] = folder / "driver"
+    identities = {
+        principal: create_identity(home / "keys", principal)
+        for principal, home in {**servers, **clients}.items()
+    }
+    for principal, identity in identities.items():
+        if principal != "broker":
+            add_peer(servers["broker"] / "keys", principal, identity.public)
+        if principal in clients:
+            add_peer(servers["controller"] / "keys", principal, identity.public)
+    for principal in ("broker", "controller"):
+        for home in (*clients.values(), servers["controller"]):
+            if home != servers[principal]:
+                add_server(home / "keys", principal, identities[principal].public)
+    return RunFolder(
+        folder=folder,
+        broker=servers["broker"],
+        controller=servers["controller"],
+        driver=clients[DRIVER],
+        learners=homes,
+        logs=folder / "logs",
+        driver_identity=identities[DRIVER],
+        broker_public=identities["broker"].public,
+    )

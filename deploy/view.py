@@ -1,0 +1,137 @@
+"""What a person watching a run sees, as a fold of the events.
+
+Rule: pure. `View.after` takes events, `lines` and `rows` give text; who prints it, and on what kind
+of screen, is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from google.protobuf.message import Message
+
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto.records import pool_metrics
+
+__all__ = ["LearnerView", "View", "lines", "readable_bytes", "shown_metric"]
+
+SHOWN_METRICS = ("test.accuracy", "test.loss")
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerView:
+    """One learner, as last heard of."""
+
+    state: str = "starting"
+    fraction: float = 0.0
+    update_bytes: int = 0  # sent in this run
+    metrics: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The run so far. `evaluated` holds the finished evaluations of the newest model."""
+
+    run_id: str
+    rounds: int
+    learners: Mapping[str, LearnerView]
+    round: int = 0
+    closed: pb.RoundClosed | None = None
+    evaluated: Mapping[str, Mapping[str, float]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    finished: pb.RunFinished | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the newest model, pooled over the learners that have scored it."""
+        return pool_metrics(self.evaluated.values())
+
+    def after(self, message: Message) -> View:
+        """Return the view after an event or a beat; what it does not show changes nothing."""
+        if isinstance(message, pb.RoundOpened) and message.run_id == self.run_id:
+            return replace(self, round=message.round)
+        if isinstance(message, pb.RoundClosed) and message.run_id == self.run_id:
+            return replace(self, closed=message, evaluated=MappingProxyType({}))
+        if isinstance(message, pb.RunFinished) and message.run_id == self.run_id:
+            return replace(self, finished=message)
+        name = getattr(message, "learner", "")
+        if name not in self.learners:
+            return self
+        after = self
+        if isinstance(message, pb.TaskCompleted) and not message.update_digest:
+            evaluated = {**self.evaluated, name: dict(message.metrics)}
+            after = replace(self, evaluated=MappingProxyType(evaluated))
+        learner = _learner_after(self.learners[name], message)
+        return replace(after, learners=MappingProxyType({**self.learners, name: learner}))
+
+
+def _learner_after(learner: LearnerView, message: Message) -> LearnerView:
+    if isinstance(message, pb.LearnerJoined):
+        return replace(learner, state="joined")
+    if isinstance(message, pb.LearnerLeft):
+        return replace(learner, state="left")
+    if isinstance(message, pb.TaskAssigned):
+        return replace(learner, state="asked", fraction=0.0)
+    if isinstance(message, pb.Progress):
+        return replace(
+            learner,
+            state=message.state,
+            fraction=message.fraction,
+            metrics=dict(message.metrics) or learner.metrics,
+        )
+    if isinstance(message, pb.UpdateStored):
+        return replace(learner, update_bytes=learner.update_bytes + message.update_bytes)
+    if isinstance(message, pb.TaskCompleted):
+        return replace(learner, state="done", fraction=1.0, metrics=dict(message.metrics))
+    if isinstance(message, pb.TaskFailed):
+        return replace(learner, state="failed")
+    if isinstance(message, pb.LeaseEnded):
+        return replace(learner, state="silent")
+    return learner
+
+
+def lines(before: View, after: View, message: Message) -> list[str]:
+    """What to print for one event where there is no screen to draw on."""
+    found = []
+    if isinstance(message, pb.LearnerJoined):
+        found.append(f"{message.learner} has joined")
+    elif isinstance(message, pb.LearnerLeft):
+        found.append(f"{message.learner} has left: {message.reason}")
+    elif isinstance(message, pb.TaskFailed):
+        found.append(f"{message.learner} failed: {message.reason}")
+    elif isinstance(message, pb.LeaseEnded):
+        found.append(f"{message.learner} was silent for {message.silent_s:.0f} s")
+    elif after.closed is not before.closed and after.closed is not None:
+        found += _closed_lines(after.closed, after.rounds)
+    whole = after.closed is not None and len(after.evaluated) == len(after.closed.counted)
+    if whole and len(before.evaluated) < len(after.evaluated) and (text := shown_metric(after)):
+        found.append(f"round {after.round} of {after.rounds} scored: {text}")
+    return found
+
+
+def _closed_lines(closed: pb.RoundClosed, rounds: int) -> list[str]:
+    if closed.round == 0:
+        return [f"{closed.counted[0].learner} built the initial model"]
+    asked = len(closed.counted) + len(closed.missing)
+    found = [f"round {closed.round} of {rounds}: {len(closed.counted)} of {asked} counted"]
+    return found + [f"  without {one.learner}: {one.reason}" for one in closed.missing]
+
+
+def shown_metric(view: View) -> str:
+    """The pooled metrics worth a line, such as "test accuracy 0.783, test loss 0.51"."""
+    pooled = view.metrics
+    shown = [name for name in SHOWN_METRICS if name in pooled]
+    return ", ".join(f"{name.replace('.', ' ')} {pooled[name]:.3f}" for name in shown)
+
+
+def readable_bytes(count: int) -> str:
+    """A size for people: "18.4 kB", "3.2 MB"; powers of 1000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

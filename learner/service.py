@@ -1,0 +1,379 @@
+"""The learner daemon: the shell around task.py.
+
+Rule: it has no opinion about rounds. It turns records and finished work into events, saves the new
+state, the reports and the cursor in one transaction, and only then acts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import sqlite3
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from metisfl import __version__
+from metisfl.broker.client import BrokerClient, ClientKeys, Outbox, Record
+from metisfl.deploy import logs, run
+from metisfl.deploy.database import open_database, transaction
+from metisfl.deploy.keys import load_identity, load_servers
+from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of
+from metisfl.learner import task as t
+from metisfl.learner.state import TaskTable
+from metisfl.learner.trainer import Hyperparameters
+from metisfl.learner.transfer import BulkClient, UploadRefused
+from metisfl.learner.worker import Job, Progress, Result, TrainingCancelled, TrainingError, Worker
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto import topics
+from metisfl.proto.errors import UserError
+from metisfl.proto.events import decode
+
+__all__ = ["main"]
+
+BEAT_S: Final = 1.0
+CANCEL_GRACE_S: Final = 5.0
+PRIVACY_MODES: Final = ("plain",)
+SOFTWARE: Final = f"metisfl {__version__}"
+
+_log = structlog.get_logger()
+
+
+class Learner:
+    """Follows the task and run lanes of one federation and does what they ask."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        federation: str,
+        home: Path,
+        connection: sqlite3.Connection,
+        outbox: Outbox,
+        client: BrokerClient,
+        bulk: BulkClient,
+        worker: Worker,
+    ) -> None:
+        self._name = name
+        self._federation = federation
+        self._home = home
+        self._connection = connection
+        self._outbox = outbox
+        self._client = client
+        self._bulk = bulk
+        self._worker = worker
+        self._table = TaskTable(connection)
+        self._tasks = self._table.load(name)
+        self._activity: asyncio.Task[None] | None = None
+        self._working = False
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def begin(self) -> None:
+        """Load the application, join, and take up what a former process left."""
+        try:
+            await self._worker.start()
+        except TrainingError as error:
+            self._publish_membership(pb.LearnerLeft(learner=self._name, reason=str(error)[:2_000]))
+            await self._client.drained(timeout_s=CANCEL_GRACE_S)
+            raise UserError(f"the application cannot be loaded: {error}") from error
+        joined = pb.LearnerJoined(
+            learner=self._name, software=SOFTWARE, privacy_modes=PRIVACY_MODES
+        )
+        self._publish_membership(joined)
+        self._perform(t.resume(self._tasks))
+
+    async def follow(self, lane: str) -> None:
+        """Apply the records of one lane, batch by batch, each in one transaction."""
+        async for batch in self._client.records(lane):
+            events = [event for record in batch.records if (event := _event_of(record))]
+            self._handle(events, lane, batch.through)
+
+    async def beat(self, stop: run.StopSignal) -> None:
+        """Say once a second that this learner lives and what it does."""
+        topic = topics.beat_topic(self._federation, self._name)
+        while not stop.requested:
+            active = [job.stage.value for job in self._tasks.jobs.values() if job.active]
+            state = active[0] if active else "idle"
+            self._client.beat(topic, pb.Heartbeat(learner=self._name, state=state))
+            try:
+                await asyncio.wait_for(stop.wait(), BEAT_S)
+            except asyncio.TimeoutError:
+                continue
+
+    def _publish_membership(self, message: pb.LearnerJoined | pb.LearnerLeft) -> None:
+        with transaction(self._connection):
+            self._outbox.append(topics.member_topic(self._federation, self._name), message)
+        self._client.flush()
+
+    def _handle(self, events: Sequence[t.Event], lane: str = "", through: int = 0) -> None:
+        """Apply events, save, then act. With `lane`, its cursor moves to `through`."""
+        tasks = self._tasks
+        effects: list[t.Effect] = []
+        for event in events:
+            tasks, caused = t.handle(tasks, event)
+            effects += caused
+        reports = [effect.message for effect in effects if isinstance(effect, t.Report)]
+        if tasks is not self._tasks or lane:
+            with transaction(self._connection):
+                self._table.save(self._tasks, tasks)
+                for report in reports:
+                    self._outbox.append(
+                        topics.done_topic(self._federation, self._name),
+                        report,
+                        correlation_id=report.task_id,
+                    )
+                if lane:
+                    self._outbox.advance(lane, through)
+            self._tasks = tasks
+        if reports:
+            self._client.flush()
+        self._perform(effects)
+
+    def _perform(self, effects: Sequence[t.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, t.Fetch):
+                self._start(effect.task, self._fetch(effect.task))
+            elif isinstance(effect, t.Work):
+                self._start(effect.task, self._work(effect.task))
+            elif isinstance(effect, t.Upload):
+                self._start(effect.task, self._upload(effect.task))
+            elif isinstance(effect, t.Stop):
+                self._stop()
+            elif isinstance(effect, t.Discard):
+                self._update_path(effect.task_id).unlink(missing_ok=True)
+
+    def _start(self, task: pb.TaskAssigned, work: Coroutine[Any, Any, None]) -> None:
+        previous = self._activity
+
+        async def activity() -> None:
+            if previous is not None:
+                await asyncio.wait([previous])  # a stopped task may still be letting go
+            with structlog.contextvars.bound_contextvars(round=task.round, task=task.task_id):
+                await work
+
+        self._activity = asyncio.create_task(activity())
+        self._activity.add_done_callback(self._notice)
+
+    def _notice(self, activity: asyncio.Task[None]) -> None:
+        error = None if activity.cancelled() else activity.exception()
+        if error is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    def _stop(self) -> None:
+        if self._working:
+            ending = asyncio.create_task(self._worker.cancel(CANCEL_GRACE_S))
+            ending.add_done_callback(self._notice)
+        elif self._activity is not None:
+            self._activity.cancel()
+
+    async def _fetch(self, task: pb.TaskAssigned) -> None:
+        path = self._model_path(task.model_digest)
+        if not path.exists():
+            for old in path.parent.glob("*.model"):
+                old.unlink()
+            await self._bulk.download(
+                task.model_digest, path, on_progress=partial(self._progress, task, "fetching")
+            )
+        self._handle([t.Fetched(task.task_id)])
+
+    async def _work(self, task: pb.TaskAssigned) -> None:
+        def on_progress(progress: Progress) -> None:
+            self._progress(task, "working", progress.fraction, progress.metrics)
+
+        self._working = True
+        try:
+            result = await self._worker.run(self._job(task), on_progress)
+        except TrainingCancelled as error:
+            _log.info("stopped", why=str(error))
+            return
+        except TrainingError as error:
+            _log.error("task failed", why=str(error))
+            self._handle([t.Failed(task.task_id, str(error))])
+            return
+        finally:
+            self._working = False
+        self._handle([t.Done(task.task_id, _outcome(result))])
+
+    async def _upload(self, task: pb.TaskAssigned) -> None:
+        try:
+            await self._bulk.upload(
+                task.task_id,
+                self._update_path(task.task_id),
+                on_progress=partial(self._progress, task, "uploading"),
+            )
+        except UploadRefused as error:
+            _log.error("update refused", why=str(error))
+            self._handle([t.Failed(task.task_id, f"the controller refused the update: {error}")])
+            return
+        self._handle([t.Uploaded(task.task_id)])
+
+    def _job(self, task: pb.TaskAssigned) -> Job:
+        given = task.hyperparameters
+        kinds = {pb.INITIALISE: "initialise", pb.TRAIN: "train", pb.EVALUATE: "evaluate"}
+        keep = self._home / "final" / task.run_id if task.keep_model else None
+        if keep is not None:
+            shutil.rmtree(keep, ignore_errors=True)
+            keep.mkdir(parents=True)
+        return Job(
+            kind=kinds[task.kind],  # type: ignore[arg-type]
+            seed=task.seed,
+            model_path=self._model_path(task.model_digest) if task.model_digest else None,
+            update_path=self._update_path(task.task_id),
+            hyperparameters=Hyperparameters(given.epochs, given.batch_size, given.learning_rate),
+            keep_folder=keep,
+        )
+
+    def _progress(
+        self,
+        task: pb.TaskAssigned,
+        state: str,
+        fraction: float,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        self._client.beat(
+            topics.beat_topic(self._federation, self._name),
+            pb.Progress(
+                task_id=task.task_id,
+                learner=self._name,
+                state=state,
+                fraction=fraction,
+                metrics=metrics,
+            ),
+        )
+
+    def _model_path(self, digest: bytes) -> Path:
+        return self._home / "models" / f"{digest.hex()}.model"
+
+    def _update_path(self, task_id: str) -> Path:
+        return self._home / "outbox" / f"{task_id}.update"
+
+
+def _event_of(record: Record) -> t.Event | None:
+    """Translate a record into an event of ours; what is not for a learner is None."""
+    message = decode(record.type, record.payload)
+    if isinstance(message, pb.TaskAssigned):
+        return t.Assigned(message)
+    if isinstance(message, pb.TaskCancelled):
+        return t.Cancelled(message.task_id)
+    if isinstance(message, pb.RoundClosed):
+        return t.RoundOver(message.run_id, message.round)
+    if isinstance(message, pb.RunFinished):
+        return t.RunOver(message.run_id)
+    return None
+
+
+def _outcome(result: Result) -> t.Outcome:
+    return t.Outcome(
+        result.digest, result.examples, result.batches, dict(result.metrics), result.training_s
+    )
+
+
+async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
+    """Run the learner until `stop`. Raises MetisError for whatever keeps it from its work."""
+    home: Path = options.home
+    for folder in ("models", "outbox", "final"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    identity, servers = load_identity(home / "keys"), load_servers(home / "keys")
+    principal = f"learner:{options.name}"
+    if identity.principal != principal:
+        raise UserError(f"{home}/keys holds the key of {identity.principal}, not of {principal}")
+    for server in ("broker", "controller"):
+        if server not in servers:
+            raise UserError(f"{home}/keys/servers has no line for the {server}")
+    connection = open_database(home / "learner.db")
+    outbox = Outbox(connection, principal)
+    worker = Worker(app=options.app, path=options.path, source=options.data or options.name)
+    bulk = BulkClient(
+        options.bulk,
+        ClientKeys(identity.public, identity.secret, servers["controller"]),
+        federation=options.federation,
+    )
+    client = BrokerClient(
+        ingress=options.ingress,
+        live=options.live,
+        keys=ClientKeys(identity.public, identity.secret, servers["broker"]),
+        principal=principal,
+        outbox=outbox,
+        software=SOFTWARE,
+    )
+    try:
+        async with client, bulk:
+            learner = Learner(
+                name=options.name,
+                federation=options.federation,
+                home=home,
+                connection=connection,
+                outbox=outbox,
+                client=client,
+                bulk=bulk,
+                worker=worker,
+            )
+            run.ready()
+            await _until_stopped(learner, options, stop)
+    finally:
+        await worker.close()
+        connection.close()
+
+
+async def _until_stopped(
+    learner: Learner, options: argparse.Namespace, stop: run.StopSignal
+) -> None:
+    async def take_part() -> None:
+        await learner.begin()
+        _log.info("joined")
+        await asyncio.gather(
+            learner.follow(topics.run_topic(options.federation)),
+            learner.follow(topics.task_topic(options.federation, options.name)),
+        )
+
+    await run.first_end(
+        [
+            asyncio.ensure_future(take_part()),
+            asyncio.ensure_future(learner.beat(stop)),
+            asyncio.ensure_future(stop.wait()),
+            learner.failed,
+        ]
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = daemon_parser(
+        "metisfl-learner",
+        "Train and evaluate on this site's data when the federation asks; only updates and metrics "
+        "leave the site.",
+    )
+    add_option(parser, "federation", help="name of the federation", type=name_of("federation"))
+    add_option(parser, "name", help="name of this learner", type=name_of("learner"))
+    add_option(parser, "app", help="the application, package.module:object")
+    add_option(parser, "path", help="folder to import the application from", default=".", type=Path)
+    add_option(
+        parser,
+        "data",
+        help="what the application's data() is called with (default: the learner's name)",
+        default="",
+    )
+    add_option(parser, "ingress", help="the broker's ingress endpoint", default=INGRESS)
+    add_option(parser, "live", help="the broker's live endpoint", default=LIVE)
+    add_option(parser, "bulk", help="the controller's bulk endpoint", default=BULK)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`metisfl-learner`."""
+    options = _parser().parse_args(argv)
+
+    async def begin(stop: run.StopSignal) -> None:
+        logs.configure("metisfl-learner")
+        structlog.contextvars.bind_contextvars(federation=options.federation, learner=options.name)
+        await serve(options, stop)
+
+    return run.run("metisfl-learner", begin)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

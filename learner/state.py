@@ -1,0 +1,85 @@
+"""The learner's tasks on disk.
+
+Rule: tasks, outbox and cursors share one database, and a change of the tasks, the report that it
+caused and the cursor of the event that caused it are one transaction. After a crash either all of
+it happened or none.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from types import MappingProxyType
+
+import msgpack
+
+from metisfl.learner.task import Job, Outcome, Stage, Tasks
+from metisfl.proto import events_pb2 as pb
+
+__all__ = ["TaskTable"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS task (
+    position INTEGER PRIMARY KEY,
+    task_id TEXT NOT NULL UNIQUE,
+    assigned BLOB NOT NULL,
+    stage TEXT NOT NULL,
+    outcome BLOB
+)
+"""
+
+
+class TaskTable:
+    """Loads and saves `Tasks`; the caller owns the connection and its transactions."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        connection.execute(_SCHEMA)
+
+    def load(self, learner: str) -> Tasks:
+        """Return the tasks as they were last saved."""
+        jobs = {}
+        rows = self._connection.execute(
+            "SELECT task_id, assigned, stage, outcome FROM task ORDER BY position"
+        )
+        for task_id, assigned, stage, outcome in rows:
+            task = pb.TaskAssigned.FromString(assigned)
+            jobs[task_id] = Job(task, Stage(stage), _unpack_outcome(outcome))
+        return Tasks(learner, MappingProxyType(jobs))
+
+    def save(self, before: Tasks, after: Tasks) -> None:
+        """Write what differs, inside the caller's transaction."""
+        for task_id in before.jobs.keys() - after.jobs.keys():
+            self._connection.execute("DELETE FROM task WHERE task_id = ?", (task_id,))
+        for task_id, job in after.jobs.items():
+            if before.jobs.get(task_id) is not job:
+                row = (
+                    task_id,
+                    job.assigned.SerializeToString(),
+                    job.stage.value,
+                    _pack_outcome(job),
+                )
+                self._connection.execute(
+                    "INSERT INTO task (task_id, assigned, stage, outcome) VALUES (?, ?, ?, ?) "
+                    "ON CONFLICT (task_id) DO UPDATE SET "
+                    "stage = excluded.stage, outcome = excluded.outcome",
+                    row,
+                )
+
+
+def _pack_outcome(job: Job) -> bytes | None:
+    if job.outcome is None:
+        return None
+    packed: bytes = msgpack.packb(
+        {
+            "update_digest": job.outcome.update_digest,
+            "examples": job.outcome.examples,
+            "batches": job.outcome.batches,
+            "metrics": dict(job.outcome.metrics),
+            "training_s": job.outcome.training_s,
+        }
+    )
+    return packed
+
+
+def _unpack_outcome(packed: bytes | None) -> Outcome | None:
+    return None if packed is None else Outcome(**msgpack.unpackb(packed))

@@ -1,0 +1,86 @@
+"""What a person sees follows from the events alone."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from google.protobuf.message import Message
+
+from metisfl.deploy.view import LearnerView, View, lines, readable_bytes, shown_metric
+from metisfl.proto import events_pb2 as pb
+
+START = View("r", 3, MappingProxyType({"ada": LearnerView(), "bob": LearnerView()}))
+
+
+def seen(*messages: Message) -> tuple[View, list[str]]:
+    view, printed = START, []
+    for message in messages:
+        before, view = view, view.after(message)
+        printed += lines(before, view, message)
+    return view, printed
+
+
+def scored(learner: str, accuracy: float, examples: int) -> pb.TaskCompleted:
+    metrics = {"test.accuracy": accuracy, "test.examples": float(examples)}
+    return pb.TaskCompleted(task_id="t", learner=learner, metrics=metrics)
+
+
+def closed(number: int) -> pb.RoundClosed:
+    return pb.RoundClosed(
+        run_id="r",
+        round=number,
+        counted=[pb.Contribution(learner="ada"), pb.Contribution(learner="bob")],
+    )
+
+
+def test_a_round_is_told_once_and_scored_when_all_have_scored_it() -> None:
+    view, printed = seen(
+        pb.RoundOpened(run_id="r", round=1),
+        closed(1),
+        scored("ada", 1.0, 1),
+        scored("bob", 0.5, 3),
+    )
+    assert printed == [
+        "round 1 of 3: 2 of 2 counted",
+        "round 1 of 3 scored: test accuracy 0.625",
+    ]
+    assert shown_metric(view) == "test accuracy 0.625"
+
+
+def test_who_is_missing_is_named_with_the_reason() -> None:
+    message = closed(2)
+    message.missing.add(learner="cyd", reason="silent for 31.0 s, longer than its lease")
+    _, printed = seen(message)
+    assert printed == [
+        "round 2 of 3: 2 of 3 counted",
+        "  without cyd: silent for 31.0 s, longer than its lease",
+    ]
+
+
+def test_learners_are_shown_as_last_heard_of() -> None:
+    view, _ = seen(
+        pb.LearnerJoined(learner="ada"),
+        pb.TaskAssigned(task_id="t", learner="bob"),
+        pb.Progress(task_id="t", learner="bob", state="working", fraction=0.5),
+        pb.UpdateStored(task_id="t", learner="bob", update_bytes=1500),
+        pb.UpdateStored(task_id="u", learner="bob", update_bytes=1500),
+    )
+    assert view.learners["ada"].state == "joined"
+    bob = view.learners["bob"]
+    assert (bob.state, bob.fraction, bob.update_bytes) == ("working", 0.5, 3000)
+
+
+def test_another_run_and_strangers_change_nothing() -> None:
+    other = pb.RoundClosed(run_id="another", round=9)
+    view, printed = seen(other, pb.LearnerJoined(learner="mallory"), scored("mallory", 1.0, 9))
+    assert view == START
+    assert printed == ["mallory has joined"]
+
+
+def test_sizes_are_for_people() -> None:
+    assert [readable_bytes(n) for n in (999, 18_400, 3_200_000, 10**9)] == [
+        "999 B",
+        "18.4 kB",
+        "3.2 MB",
+        "1.0 GB",
+    ]
