@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import shutil
-import sqlite3
 import sys
 import time
 from collections.abc import Mapping
@@ -20,21 +19,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 
-from google.protobuf.message import Message
-
-from metisfl import __version__
-from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
 from metisfl.deploy import processes
-from metisfl.deploy.database import open_database, transaction
-from metisfl.deploy.run import StopSignal, first_end, run
-from metisfl.deploy.run_folder import DRIVER, RunFolder, create_run_folder
+from metisfl.deploy.database import open_database
+from metisfl.deploy.run import StopSignal, run
+from metisfl.deploy.run_folder import RunFolder, create_run_folder
 from metisfl.deploy.screen import Screen, screen_for
 from metisfl.deploy.settings import Federation, load_federation
-from metisfl.deploy.view import LearnerView, View, shown_metric
-from metisfl.proto import events_pb2 as pb
-from metisfl.proto import topics
+from metisfl.deploy.view import View, shown_metric
+from metisfl.deploy.watch import RunFailed, new_view, watch
 from metisfl.proto.errors import MachineError, MetisError
-from metisfl.proto.events import decode
 
 __all__ = ["Outcome", "command", "drive", "up"]
 
@@ -43,12 +36,6 @@ class Interrupted(MetisError):
     """The user ended the run."""
 
     exit_code = 130
-
-
-class RunFailed(MetisError):
-    """The federation could not finish the run; the text is its reason."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +57,8 @@ async def drive(federation: Federation, folder: Path, screen: Screen | None = No
     Cancel it to end the run: all processes are stopped before the cancellation goes on.
     """
     started = time.monotonic()
-    names = sorted(learner.name for learner in federation.learners)
-    run_folder = create_run_folder(folder, names)
-    view = View(
-        run_id=datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
-        rounds=federation.rounds,
-        learners=MappingProxyType({name: LearnerView() for name in names}),
-    )
+    view = new_view(federation)
+    run_folder = create_run_folder(folder, list(view.learners))
     daemons: list[processes.Daemon] = []
     try:
         with (
@@ -88,18 +70,25 @@ async def drive(federation: Federation, folder: Path, screen: Screen | None = No
             )
             await _start_daemons(federation, run_folder, endpoints, daemons)
             shown.say(
-                f"started broker, controller and {len(names)} learners; logs in {run_folder.logs}"
+                f"started broker, controller and {len(view.learners)} learners; "
+                f"logs in {run_folder.logs}"
             )
-            view = await _watch(federation, run_folder, endpoints, daemons, view, connection, shown)
-            assert view.finished is not None
-            if view.finished.outcome != pb.RunFinished.COMPLETED:
-                raise RunFailed(f"the run failed: {view.finished.reason}")
-            model = _keep_model(run_folder, view.run_id)
+            view = await watch(
+                federation,
+                endpoints=(endpoints[0], endpoints[1]),
+                identity=run_folder.driver_identity,
+                broker_public=run_folder.broker_public,
+                connection=connection,
+                view=view,
+                screen=shown,
+                meanwhile=_notice_losses(daemons, federation, shown),
+            )
+        model = _keep_model(run_folder, view.run_id)
     finally:
         await processes.stop_all(daemons)
     return Outcome(
         run_id=view.run_id,
-        rounds=view.finished.rounds,
+        rounds=view.round,
         seconds=time.monotonic() - started,
         metrics=view.metrics,
         by_learner=view.evaluated,
@@ -144,89 +133,6 @@ async def _start_daemons(
         }
         log = run_folder.logs / f"{learner.name}.log"
         daemons.append(await processes.start(learner.name, "metisfl.learner.service", options, log))
-
-
-async def _watch(
-    federation: Federation,
-    run_folder: RunFolder,
-    endpoints: list[str],
-    daemons: list[processes.Daemon],
-    view: View,
-    connection: sqlite3.Connection,
-    screen: Screen,
-) -> View:
-    """Ask for the run and follow it to its end."""
-    identity = run_folder.driver_identity
-    outbox = Outbox(connection, DRIVER)
-    client = BrokerClient(
-        ingress=endpoints[0],
-        live=endpoints[1],
-        keys=ClientKeys(identity.public, identity.secret, run_folder.broker_public),
-        principal=DRIVER,
-        outbox=outbox,
-        software=f"metisfl {__version__}",
-    )
-    async with client:
-        with transaction(connection):
-            outbox.append(
-                topics.run_topic(federation.name),
-                _run_started(federation, view),
-                correlation_id=view.run_id,
-            )
-        client.flush()
-        follower = _Follower(client, federation.name, view, screen)
-        await first_end(
-            [
-                asyncio.ensure_future(follower.follow()),
-                asyncio.ensure_future(follower.listen()),
-                asyncio.ensure_future(_notice_losses(daemons, federation, screen)),
-            ]
-        )
-        return follower.view
-
-
-def _run_started(federation: Federation, view: View) -> pb.RunStarted:
-    return pb.RunStarted(
-        run_id=view.run_id,
-        rounds=federation.rounds,
-        learners=list(view.learners),
-        quorum=federation.quorum,
-        lease_s=federation.lease_s,
-        seed=federation.seed,
-        privacy=federation.privacy,
-        hyperparameters=pb.Hyperparameters(
-            epochs=federation.training.epochs,
-            batch_size=federation.training.batch_size,
-            learning_rate=federation.training.learning_rate or 0.0,
-        ),
-    )
-
-
-class _Follower:
-    """Keeps a view up to date with the log and the beats, and shows it."""
-
-    def __init__(self, client: BrokerClient, federation: str, view: View, screen: Screen) -> None:
-        self.view = view
-        self._client = client
-        self._federation = federation
-        self._screen = screen
-
-    async def listen(self) -> None:
-        """Take what the learners say of themselves, for ever."""
-        async for beat in self._client.beats(f"{self._federation}/beat/"):
-            self._take(decode(beat.type, beat.payload), 0)
-
-    async def follow(self) -> None:
-        """Return when the run is finished."""
-        async for batch in self._client.records(topics.federation_lane(self._federation)):
-            for record in batch.records:
-                self._take(decode(record.type, record.payload), record.logged_unix_ns)
-            if self.view.finished is not None:
-                return
-
-    def _take(self, message: Message, logged_unix_ns: int) -> None:
-        before, self.view = self.view, self.view.after(message)
-        self._screen.show(before, self.view, message, logged_unix_ns)
 
 
 async def _notice_losses(

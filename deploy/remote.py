@@ -1,0 +1,98 @@
+"""Ask daemons that run already, here or on other machines, for a run, and watch it.
+
+Rule: it needs a driver's key that the broker knows, and nothing else. Interrupting it does not end
+the run: that belongs to the federation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from contextlib import closing
+from pathlib import Path
+
+from metisfl.deploy.database import open_database
+from metisfl.deploy.keys import load_identity, load_servers
+from metisfl.deploy.run import StopSignal, first_end, run
+from metisfl.deploy.screen import screen_for
+from metisfl.deploy.settings import Federation, load_federation
+from metisfl.deploy.view import View, shown_metric
+from metisfl.deploy.watch import new_view, watch
+from metisfl.proto.errors import UserError
+
+__all__ = ["command"]
+
+
+def command(argv: list[str]) -> int:
+    """`metisfl run`: ask running daemons for a run."""
+    parser = argparse.ArgumentParser(
+        prog="metisfl run",
+        description="Ask a federation whose daemons are running for a run, and show it. The file "
+        "says where the broker is ([broker] ingress and live) and who takes part.",
+    )
+    parser.add_argument("file", type=Path, metavar="FEDERATION.toml")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the driver's folder; keys/ holds its identity.key and servers",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout at the end"
+    )
+    options = parser.parse_args(argv)
+    federation = load_federation(options.file)
+    started = time.monotonic()
+    views: list[View] = []
+
+    async def until_stopped(stop: StopSignal) -> None:
+        async def follow() -> None:
+            views.append(await _follow(federation, options.home))
+
+        await first_end([asyncio.ensure_future(part) for part in (follow(), stop.wait())])
+
+    code = run("metisfl", until_stopped)
+    if code or not views:
+        return code
+    seconds = time.monotonic() - started
+    if options.json:
+        print(json.dumps(_as_json(views[0], seconds)))
+    else:
+        print(f"{views[0].round} rounds in {seconds:.1f} s; {shown_metric(views[0])}")
+        print(f"each learner has the model in its home, under final/{views[0].run_id}")
+    return 0
+
+
+async def _follow(federation: Federation, home: Path) -> View:
+    for key, endpoint in (("ingress", federation.ingress), ("live", federation.live)):
+        if endpoint.endswith(":0"):
+            raise UserError(f"broker.{key}: say where the broker is, such as tcp://host:5570")
+    identity, servers = load_identity(home / "keys"), load_servers(home / "keys")
+    if not identity.principal.startswith("driver:"):
+        raise UserError(f"{home}/keys holds the key of {identity.principal}; only a driver asks")
+    if "broker" not in servers:
+        raise UserError(f"{home}/keys/servers has no line for the broker")
+    view = new_view(federation)
+    with screen_for(view) as screen, closing(open_database(home / "driver.db")) as connection:
+        return await watch(
+            federation,
+            endpoints=(federation.ingress, federation.live),
+            identity=identity,
+            broker_public=servers["broker"],
+            connection=connection,
+            view=view,
+            screen=screen,
+        )
+
+
+def _as_json(view: View, seconds: float) -> dict[str, object]:
+    return {
+        "run_id": view.run_id,
+        "rounds": view.round,
+        "seconds": round(seconds, 3),
+        "metrics": view.metrics,
+        "learners": {name: dict(metrics) for name, metrics in view.evaluated.items()},
+    }

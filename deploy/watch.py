@@ -1,0 +1,135 @@
+"""Ask a federation for a run, and follow the run to its end.
+
+Rule: a run is asked for by an event, `RunStarted`, which is in the driver's outbox before it is
+sent; what is shown comes from the log alone. It does not matter who started the daemons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Coroutine
+from datetime import datetime, timezone
+from types import MappingProxyType
+from typing import Any
+
+from google.protobuf.message import Message
+
+from metisfl import __version__
+from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
+from metisfl.deploy.database import transaction
+from metisfl.deploy.keys import Identity
+from metisfl.deploy.run import first_end
+from metisfl.deploy.screen import Screen
+from metisfl.deploy.settings import Federation
+from metisfl.deploy.view import LearnerView, View
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto import topics
+from metisfl.proto.errors import MetisError
+from metisfl.proto.events import decode
+
+__all__ = ["RunFailed", "new_view", "watch"]
+
+
+class RunFailed(MetisError):
+    """The federation could not finish the run; the text is its reason."""
+
+    exit_code = 1
+
+
+def new_view(federation: Federation) -> View:
+    """The view of a run that is about to be asked for; its id is the time, in UTC."""
+    names = sorted(learner.name for learner in federation.learners)
+    return View(
+        run_id=f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}",
+        rounds=federation.rounds,
+        learners=MappingProxyType({name: LearnerView() for name in names}),
+    )
+
+
+async def watch(
+    federation: Federation,
+    *,
+    endpoints: tuple[str, str],
+    identity: Identity,
+    broker_public: bytes,
+    connection: sqlite3.Connection,
+    view: View,
+    screen: Screen,
+    meanwhile: Coroutine[Any, Any, None] | None = None,
+) -> View:
+    """Return the view of the completed run. Raises RunFailed, or what `meanwhile` raises.
+
+    `endpoints` are the broker's ingress and live; `connection` is the driver's own database.
+    """
+    outbox = Outbox(connection, identity.principal)
+    client = BrokerClient(
+        ingress=endpoints[0],
+        live=endpoints[1],
+        keys=ClientKeys(identity.public, identity.secret, broker_public),
+        principal=identity.principal,
+        outbox=outbox,
+        software=f"metisfl {__version__}",
+    )
+    async with client:
+        with transaction(connection):
+            outbox.append(
+                topics.run_topic(federation.name),
+                _run_started(federation, view),
+                correlation_id=view.run_id,
+            )
+        client.flush()
+        follower = _Follower(client, federation.name, view, screen)
+        parts = [follower.follow(), follower.listen()]
+        if meanwhile is not None:
+            parts.append(meanwhile)
+        await first_end([asyncio.ensure_future(part) for part in parts])
+    finished = follower.view.finished
+    assert finished is not None
+    if finished.outcome != pb.RunFinished.COMPLETED:
+        raise RunFailed(f"the run failed: {finished.reason}")
+    return follower.view
+
+
+def _run_started(federation: Federation, view: View) -> pb.RunStarted:
+    return pb.RunStarted(
+        run_id=view.run_id,
+        rounds=federation.rounds,
+        learners=list(view.learners),
+        quorum=federation.quorum,
+        lease_s=federation.lease_s,
+        seed=federation.seed,
+        privacy=federation.privacy,
+        hyperparameters=pb.Hyperparameters(
+            epochs=federation.training.epochs,
+            batch_size=federation.training.batch_size,
+            learning_rate=federation.training.learning_rate or 0.0,
+        ),
+    )
+
+
+class _Follower:
+    """Keeps a view up to date with the log and the beats, and shows it."""
+
+    def __init__(self, client: BrokerClient, federation: str, view: View, screen: Screen) -> None:
+        self.view = view
+        self._client = client
+        self._federation = federation
+        self._screen = screen
+
+    async def listen(self) -> None:
+        """Take what the learners say of themselves, for ever."""
+        async for beat in self._client.beats(f"{self._federation}/beat/"):
+            self._take(decode(beat.type, beat.payload), 0)
+
+    async def follow(self) -> None:
+        """Return when the run is finished."""
+        async for batch in self._client.records(topics.federation_lane(self._federation)):
+            for record in batch.records:
+                self._take(decode(record.type, record.payload), record.logged_unix_ns)
+            if self.view.finished is not None:
+                return
+
+    def _take(self, message: Message, logged_unix_ns: int) -> None:
+        before, self.view = self.view, self.view.after(message)
+        self._screen.show(before, self.view, message, logged_unix_ns)
