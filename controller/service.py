@@ -36,6 +36,7 @@ from metisfl.deploy.keys import load_identity, load_peers, load_servers
 from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
+from metisfl.proto.chunk import federation_digest
 from metisfl.proto.errors import PeerError, UserError
 from metisfl.proto.events import decode
 from metisfl.proto.records import pack_record
@@ -184,16 +185,21 @@ class Controller:
 
     def _expect(self) -> None:
         """Tell the bulk endpoint whose updates are welcome now."""
-        training = self._run.phase is Phase.TRAINING
+        plan = self._run.plan
+        if plan is None or self._run.phase is not Phase.TRAINING:
+            self._bulk.expect({})
+            return
+        run_digest = federation_digest(self._federation, plan.run_id)
         self._bulk.expect(
             {
                 task.task_id: Expected(
                     learner=f"learner:{task.learner}",
                     model_digest=self._run.model_digest or None,
+                    federation=run_digest,
                     stored_digest=task.stored_digest,
                 )
                 for task in self._run.tasks.values()
-                if training and task.status in (Status.INVITED, Status.ASSIGNED, Status.COMPLETED)
+                if task.status in (Status.INVITED, Status.ASSIGNED, Status.COMPLETED)
             }
         )
 

@@ -141,7 +141,7 @@ class Learner:
             elif isinstance(effect, t.Work):
                 self._start(effect.task, self._work(effect.task))
             elif isinstance(effect, t.Upload):
-                self._start(effect.task, self._upload(effect.task))
+                self._start(effect.task, self._upload(effect.task, effect.digest))
             elif isinstance(effect, t.Stop):
                 self._stop()
             elif isinstance(effect, t.Discard):
@@ -199,11 +199,13 @@ class Learner:
             self._working = False
         self._handle([t.Done(task.task_id, _outcome(result))])
 
-    async def _upload(self, task: pb.TaskAssigned) -> None:
+    async def _upload(self, task: pb.TaskAssigned, digest: bytes) -> None:
         try:
             await self._bulk.upload(
                 task.task_id,
                 self._update_path(task.task_id),
+                run_id=task.run_id,
+                digest=digest,
                 on_progress=partial(self._progress, task, "uploading"),
             )
         except UploadRefused as error:

@@ -1,0 +1,111 @@
+"""Who may upload what: the open tasks, and what an update for each must look like.
+
+Rule: only the learner that holds an open task uploads for it, and its update has the manifest of
+the model that it was asked to train. A refusal says in words what was found and what is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+
+from metisfl.controller.store import ModelStore
+from metisfl.proto.bulk import Code, Open
+from metisfl.proto.errors import PeerError
+from metisfl.proto.model_pb2 import Manifest
+from metisfl.proto.tensors import compare_manifests, parse_manifest
+
+__all__ = ["Admission", "Expected", "Refusal"]
+
+_parsed = lru_cache(maxsize=8)(parse_manifest)  # one model, many learners
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """An open task: whose it is and what its update must look like."""
+
+    learner: str
+    """The principal, `learner:<name>`."""
+    model_digest: bytes | None = None
+    """The model whose manifest the update must have; None takes any (the initial model)."""
+    federation: bytes | None = None
+    """`proto.chunk.federation_digest` of federation and run; None takes any."""
+    stored_digest: bytes = b""
+    """The digest of the update that is known to be stored already, if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    code: Code
+    reason: str
+
+
+class Admission:
+    """Judges OPENs. Belongs to the endpoint's thread."""
+
+    def __init__(self, store: ModelStore) -> None:
+        self._store = store
+        self._rejected: dict[str, tuple[bytes, Refusal]] = {}
+        self._manifests: dict[bytes, bytes] = {}
+        self.expected: Mapping[str, Expected] = MappingProxyType({})
+
+    def expect(self, expected: Mapping[str, Expected]) -> None:
+        """These tasks are open, and no others."""
+        self.expected = expected
+        models = {one.model_digest for one in expected.values()}
+        self._rejected = {key: value for key, value in self._rejected.items() if key in expected}
+        self._manifests = {key: value for key, value in self._manifests.items() if key in models}
+
+    def judge(self, frame: Open, principal: str) -> Refusal | None:
+        """Why this learner may not upload this update now; None when it may."""
+        expected = self.expected.get(frame.task_id)
+        if expected is None:
+            return closed(frame.task_id)
+        if expected.learner != principal:
+            return Refusal(Code.NOT_YOURS, f"task {frame.task_id} is not {principal}'s")
+        if expected.federation not in (None, frame.federation):
+            return Refusal(
+                Code.OTHER_FEDERATION,
+                f"task {frame.task_id} belongs to another federation or run than the update",
+            )
+        digest, refusal = self._rejected.get(frame.task_id, (b"", None))
+        return refusal if digest == frame.digest else None
+
+    def remember(self, task_id: str, digest: bytes, refusal: Refusal) -> None:
+        """This update was refused for what it is: it will be refused again at once."""
+        self._rejected[task_id] = (digest, refusal)
+
+    def manifest(self, frame: Open) -> Manifest:
+        """The checked manifest of an update that may be uploaded.
+
+        Raises PeerError if it is not the model's, MachineError if the model is not here.
+        """
+        manifest = _parsed(frame.manifest)
+        if frame.payload_bytes != manifest.payload_bytes:
+            raise PeerError(
+                f"OPEN announces {frame.payload_bytes} payload bytes and its manifest has "
+                f"{manifest.payload_bytes}"
+            )
+        model_digest = self.expected[frame.task_id].model_digest
+        if model_digest is not None:
+            wanted = self._manifest_of(model_digest)
+            if wanted != frame.manifest:
+                raise PeerError(
+                    compare_manifests(manifest, _parsed(wanted))
+                    or "the update's manifest is not the model's"
+                )
+        return manifest
+
+    def _manifest_of(self, model_digest: bytes) -> bytes:
+        if model_digest not in self._manifests:
+            with self._store.open(model_digest) as model:
+                self._manifests[model_digest] = model.manifest_bytes
+        return self._manifests[model_digest]
+
+
+def closed(task_id: str) -> Refusal:
+    return Refusal(
+        Code.UNKNOWN_TASK, f"task {task_id} is not open: its round is over, or it never was"
+    )

@@ -1,0 +1,152 @@
+"""The model store: `models/<SHA-256 in hex>.model`, named by content.
+
+Rule: a file under a model's name is complete, durable and never changed. Everything goes through a
+draft in the same folder, fsync, then an atomic rename; a draft that a killed process left is
+removed at the next start. So any thread may read while another puts or deletes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+from metisfl.proto.errors import MachineError
+from metisfl.proto.model_file import DIGEST_BYTES, ModelFile, open_model
+
+__all__ = ["RESERVE_BYTES", "ModelStore", "check_space", "sync_folder"]
+
+RESERVE_BYTES: Final = 64 << 20
+
+_NAME = re.compile(r"([0-9a-f]{64})\.model")
+_DRAFT = ".draft"
+
+
+class ModelStore:
+    """Models of one controller. `limit_bytes` bounds the folder; None leaves it to the disk.
+
+    `reserve_bytes` stay free on the disk for the event log and the operating system.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit_bytes: int | None = None,
+        reserve_bytes: int = RESERVE_BYTES,
+    ) -> None:
+        """Open or create `folder`. Raises MachineError if it cannot be used."""
+        self.folder = folder
+        self._limit_bytes = limit_bytes
+        self._reserve_bytes = reserve_bytes
+        self._drafts = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"*{_DRAFT}*"):
+                leftover.unlink()
+        except OSError as error:
+            raise MachineError(f"model store {folder}: {error.strerror}") from None
+
+    def path(self, digest: bytes) -> Path:
+        """Where the model with this digest (32 bytes) is, or would be."""
+        assert len(digest) == DIGEST_BYTES, f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}"
+        return self.folder / f"{digest.hex()}.model"
+
+    def draft(self, file_bytes: int) -> Path:
+        """A fresh path in the store to write a model of `file_bytes` to; then `put` it.
+
+        Raises MachineError if there is no room for it.
+        """
+        if self._limit_bytes is not None:
+            used = sum(self.path(digest).stat().st_size for digest in self.digests())
+            if used + file_bytes > self._limit_bytes:
+                raise MachineError(
+                    f"model store {self.folder}: {used} bytes used, {file_bytes} more asked for; "
+                    f"the limit is {self._limit_bytes}: keep fewer models or raise the limit"
+                )
+        check_space(self.folder, file_bytes, self._reserve_bytes)
+        self._drafts += 1
+        return self.folder / f"{os.getpid()}-{self._drafts}{_DRAFT}"
+
+    def put(self, draft: Path, digest: bytes | None = None) -> bytes:
+        """Take over the model file `draft` (on the same file system) and return its digest.
+
+        With `digest`, which a writer such as `write_model` has just returned, the content is not
+        read again. Raises MachineError for what is no model file or cannot be made durable.
+        """
+        with open_model(draft) as model:
+            digest = model.digest() if digest is None else digest
+            try:
+                os.fsync(model.fileno())
+                os.replace(draft, self.path(digest))
+                sync_folder(self.folder)
+            except OSError as error:
+                raise MachineError(f"model store {self.folder}: {error.strerror}") from None
+        return digest
+
+    def contains(self, digest: bytes) -> bool:
+        return len(digest) == DIGEST_BYTES and self.path(digest).is_file()
+
+    def open(self, digest: bytes) -> ModelFile:
+        """Open a model for reading; it stays readable even if it is deleted meanwhile.
+
+        Raises MachineError if it is not here or damaged.
+        """
+        try:
+            return open_model(self.path(digest))
+        except FileNotFoundError:
+            raise MachineError(f"model store {self.folder}: no model {digest.hex()}") from None
+        except OSError as error:
+            raise MachineError(f"{self.path(digest)}: {error.strerror}") from None
+
+    def verify(self, digest: bytes) -> None:
+        """Read the whole model. Raises MachineError if its content has another digest."""
+        with self.open(digest) as model:
+            found = model.digest()
+        if found != digest:
+            raise MachineError(
+                f"{self.path(digest)} is damaged: its content has the digest {found.hex()}; "
+                "restore it from a backup or start the run again"
+            )
+
+    def digests(self) -> list[bytes]:
+        """Every model that is here, in the order of their names."""
+        names = sorted(os.listdir(self.folder))
+        return [bytes.fromhex(match[1]) for name in names if (match := _NAME.fullmatch(name))]
+
+    def delete(self, digest: bytes) -> None:
+        """Delete a model; one that is not here is fine."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def keep(self, digests: Collection[bytes]) -> list[bytes]:
+        """Delete every model but these, and return what was deleted."""
+        surplus = [digest for digest in self.digests() if digest not in digests]
+        for digest in surplus:
+            self.delete(digest)
+        return surplus
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_space(folder: Path, needed_bytes: int, reserve_bytes: int) -> None:
+    """Raise MachineError if `needed_bytes` more would leave less than the reserve on that disk."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror}") from None
+    if free - needed_bytes < reserve_bytes:
+        raise MachineError(
+            f"{folder}: {os.strerror(errno.ENOSPC).lower()}: {free} bytes are free, {needed_bytes} "
+            f"are needed and {reserve_bytes} stay in reserve; make room on that disk"
+        )
