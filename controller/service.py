@@ -312,7 +312,7 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
                 asyncio.ensure_future(controller.follow()),
                 asyncio.ensure_future(controller.listen()),
                 asyncio.ensure_future(stop.wait()),
-                asyncio.wrap_future(bulk.finished),
+                asyncio.shield(asyncio.wrap_future(bulk.finished)),
                 controller.failed,
             ]
             await run.first_end(ends)

@@ -188,16 +188,21 @@ def secure_client(
 
 
 def self_test(
-    context: zmq.Context[Any], endpoint: str, server_public: bytes, timeout_s: float
+    context: zmq.Context[Any],
+    endpoint: str,
+    server_public: bytes,
+    timeout_s: float,
+    socket_type: int = zmq.DEALER,
 ) -> None:
     """Show that the server bound to `endpoint` of this process refuses a fresh random key.
 
-    Takes about 2 ms. The server's own loop need not run yet. Raises MachineError if the key is let
-    in, or if nobody refuses it within `timeout_s`.
+    `socket_type` is one that may talk to the server's: another is cut off before the key is looked
+    at. Takes about 2 ms. The server's own loop need not run yet. Raises MachineError if the key is
+    let in, or if nobody refuses it within `timeout_s`.
     """
     public, secret = zmq.curve_keypair()
     # A shadow, because the monitor of an asyncio socket would be an asyncio socket.
-    probe = zmq.Context(context).socket(zmq.DEALER)
+    probe = zmq.Context(context).socket(socket_type)
     secure_client(probe, public=public, secret=secret, server_public=server_public)
     probe.setsockopt(zmq.RECONNECT_IVL, -1)
     monitor = probe.get_monitor_socket(SELF_TEST_EVENTS)
