@@ -80,6 +80,7 @@ class Controller:
         self._live = False
         self._folds: set[asyncio.Task[None]] = set()
         self._recent_models: list[bytes] = []
+        self._stored: list[Publish] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def follow(self) -> None:
@@ -109,12 +110,17 @@ class Controller:
         """The bulk endpoint has an update, checked and durable; told again after a restart."""
         if (task := self._run.tasks.get(task_id)) is None:
             return  # its round was closed in the meantime
-        learner = task.learner
         stored = pb.UpdateStored(
-            task_id=task_id, learner=learner, digest=digest, update_bytes=update_bytes
+            task_id=task_id, learner=task.learner, digest=digest, update_bytes=update_bytes
         )
-        topic = topics.ledger_topic(self._federation, learner)
-        self._publish([Publish(key_of(stored), topic, stored, task_id)])
+        topic = topics.ledger_topic(self._federation, task.learner)
+        if not self._stored:  # those that come together are one transaction
+            asyncio.get_running_loop().call_soon(self._publish_stored)
+        self._stored.append(Publish(key_of(stored), topic, stored, task_id))
+
+    def _publish_stored(self) -> None:
+        stored, self._stored = self._stored, []
+        self._publish(stored)
 
     def _apply(self, record: Record) -> None:
         try:
@@ -209,25 +215,29 @@ class Controller:
             aggregate.Update(self._spool.update_path(one.task_id), one.weight)
             for one in effect.contributions
         ]
-        draft = self._store.draft(sum(update.path.stat().st_size for update in updates[:1]))
         started = time.monotonic()
-        digest = await asyncio.to_thread(aggregate.fold, updates, base, draft)
-        self._store.put(draft, digest)
+        digest = await asyncio.to_thread(self._fold_files, updates, base)
         _log.debug("folded", round=effect.round, seconds=time.monotonic() - started)
         self._publish([round_closed(self._run, effect, digest)])
-        self._forget(digest)
+        current = [task.task_id for task in self._run.tasks.values()]
+        models = [*self._recent_models[-MODELS_KEPT:], digest]
+        await asyncio.to_thread(self._forget, current, models)
+
+    def _fold_files(self, updates: list[aggregate.Update], base: Path | None) -> bytes:
+        draft = self._store.draft(updates[0].path.stat().st_size)
+        digest = aggregate.fold(updates, base, draft)
+        return self._store.put(draft, digest)
+
+    def _forget(self, task_ids: list[str], models: list[bytes]) -> None:
+        """Delete the updates of closed rounds and models that nobody can ask for any more."""
+        self._spool.keep(task_ids)
+        self._store.keep(models)
 
     def _fold_ended(self, task: asyncio.Task[None]) -> None:
         self._folds.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not self.failed.done():
             self.failed.set_exception(error)
-
-    def _forget(self, newest: bytes) -> None:
-        """Delete the updates of closed rounds and models that nobody can ask for any more."""
-        current = [task.task_id for task in self._run.tasks.values()]
-        self._spool.keep(current)
-        self._store.keep([*self._recent_models[-MODELS_KEPT:], newest])
 
     def _set_lease_timer(self) -> None:
         if self._lease_timer is not None:

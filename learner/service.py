@@ -1,7 +1,9 @@
 """The learner daemon: the shell around task.py.
 
-Rule: it has no opinion about rounds. It turns records and finished work into events, saves the new
-state, the reports and the cursor in one transaction, and only then acts.
+Rule 1: it has no opinion about rounds. It turns records and finished work into events, and does
+what the tasks call for.
+Rule 2: tasks, reports and cursors are saved together, in one transaction, before anything that
+depends on them leaves the site.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Learner:
         self._bulk = bulk
         self._worker = worker
         self._table = TaskTable(connection)
-        self._tasks = self._table.load(name)
+        self._tasks = self._saved = self._table.load(name)
+        self._cursors: dict[str, int] = {}  # how far lanes were read since the last save
         self._activity: asyncio.Task[None] | None = None
         self._working = False
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -88,7 +91,7 @@ class Learner:
         self._perform(t.resume(self._tasks))
 
     async def follow(self, lane: str) -> None:
-        """Apply the records of one lane, batch by batch, each in one transaction."""
+        """Apply the records of one lane, batch by batch."""
         async for batch in self._client.records(lane):
             events = [event for record in batch.records if (event := _event_of(record))]
             self._handle(events, lane, batch.through)
@@ -100,39 +103,52 @@ class Learner:
             active = [job.stage.value for job in self._tasks.jobs.values() if job.active]
             state = active[0] if active else "idle"
             self._client.beat(topic, pb.Heartbeat(learner=self._name, state=state))
+            self.save()
             try:
                 await asyncio.wait_for(stop.wait(), BEAT_S)
             except asyncio.TimeoutError:
                 continue
 
     def _publish_membership(self, message: pb.LearnerJoined | pb.LearnerLeft) -> None:
+        topic = topics.member_topic(self._federation, self._name)
         with transaction(self._connection):
-            self._outbox.append(topics.member_topic(self._federation, self._name), message)
+            self._outbox.append(topic, message)
         self._client.flush()
 
     def _handle(self, events: Sequence[t.Event], lane: str = "", through: int = 0) -> None:
-        """Apply events, save, then act. With `lane`, its cursor moves to `through`."""
+        """Apply events, save what must not be lost, then act. `lane` was read up to `through`."""
         tasks = self._tasks
         effects: list[t.Effect] = []
         for event in events:
             tasks, caused = t.handle(tasks, event)
             effects += caused
+        self._tasks = tasks
+        if lane:
+            self._cursors[lane] = through
         reports = [effect.message for effect in effects if isinstance(effect, t.Report)]
-        if tasks is not self._tasks or lane:
-            with transaction(self._connection):
-                self._table.save(self._tasks, tasks)
-                for report in reports:
-                    self._outbox.append(
-                        topics.done_topic(self._federation, self._name),
-                        report,
-                        correlation_id=report.task_id,
-                    )
-                if lane:
-                    self._outbox.advance(lane, through)
-            self._tasks = tasks
+        if reports or any(isinstance(effect, t.Upload) for effect in effects):
+            self.save(reports)
+        self._perform(effects)
+
+    def save(self, reports: Sequence[pb.TaskCompleted | pb.TaskFailed] = ()) -> None:
+        """Commit the tasks, the reports and the cursors that belong together.
+
+        What is not saved yet can be had again: a task that was only accepted is in the broker's log
+        behind the saved cursor. A trained update and a report cannot, so these are saved at once.
+        """
+        if not reports and self._tasks is self._saved and not self._cursors:
+            return
+        topic = topics.done_topic(self._federation, self._name)
+        with transaction(self._connection):
+            self._table.save(self._saved, self._tasks)
+            for report in reports:
+                self._outbox.append(topic, report, correlation_id=report.task_id)
+            for lane, through in self._cursors.items():
+                self._outbox.advance(lane, through)
+        self._saved = self._tasks
+        self._cursors.clear()
         if reports:
             self._client.flush()
-        self._perform(effects)
 
     def _perform(self, effects: Sequence[t.Effect]) -> None:
         for effect in effects:
