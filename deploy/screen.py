@@ -62,7 +62,7 @@ class LineScreen:
         return None
 
     def show(self, before: View, after: View, message: Message, logged_unix_ns: int) -> None:
-        for line in lines(before, after, message):
+        for line in lines(before, message):
             self.say(line)
 
     def say(self, text: str) -> None:

@@ -17,8 +17,6 @@ from metisfl.proto.records import pool_metrics
 
 __all__ = ["LearnerView", "View", "lines", "readable_bytes", "shown_metric"]
 
-SHOWN_METRICS = ("test.accuracy", "test.loss")
-
 
 @dataclass(frozen=True, slots=True)
 class LearnerView:
@@ -93,38 +91,37 @@ def _learner_after(learner: LearnerView, message: Message) -> LearnerView:
     return learner
 
 
-def lines(before: View, after: View, message: Message) -> list[str]:
-    """What to print for one event where there is no screen to draw on."""
-    found = []
+def lines(before: View, message: Message) -> list[str]:
+    """What to print for one event, which came when the view was `before`."""
     if isinstance(message, pb.LearnerJoined):
-        found.append(f"{message.learner} has joined")
-    elif isinstance(message, pb.LearnerLeft):
-        found.append(f"{message.learner} has left: {message.reason}")
-    elif isinstance(message, pb.TaskFailed):
-        found.append(f"{message.learner} failed: {message.reason}")
-    elif isinstance(message, pb.LeaseEnded):
-        found.append(f"{message.learner} was silent for {message.silent_s:.0f} s")
-    elif after.closed is not before.closed and after.closed is not None:
-        found += _closed_lines(after.closed, after.rounds)
-    whole = after.closed is not None and len(after.evaluated) == len(after.closed.counted)
-    if whole and len(before.evaluated) < len(after.evaluated) and (text := shown_metric(after)):
-        found.append(f"round {after.round} of {after.rounds} scored: {text}")
-    return found
+        return [f"{message.learner} has joined"]
+    if isinstance(message, pb.LearnerLeft):
+        return [f"{message.learner} has left: {message.reason}"]
+    if isinstance(message, pb.TaskFailed):
+        return [f"{message.learner} failed: {message.reason}"]
+    if isinstance(message, pb.LeaseEnded):
+        return [f"{message.learner} was silent for {message.silent_s:.0f} s"]
+    over = isinstance(message, (pb.RoundOpened, pb.RunFinished)) and message.run_id == before.run_id
+    if over and before.closed is not None:
+        return [_round_line(before, before.closed)]
+    return []
 
 
-def _closed_lines(closed: pb.RoundClosed, rounds: int) -> list[str]:
+def _round_line(view: View, closed: pb.RoundClosed) -> str:
     if closed.round == 0:
-        return [f"{closed.counted[0].learner} built the initial model"]
+        return f"{closed.counted[0].learner} built the initial model"
     asked = len(closed.counted) + len(closed.missing)
-    found = [f"round {closed.round} of {rounds}: {len(closed.counted)} of {asked} counted"]
-    return found + [f"  without {one.learner}: {one.reason}" for one in closed.missing]
+    line = f"round {closed.round} of {view.rounds}: {len(closed.counted)} of {asked} counted"
+    return ", ".join([line, *filter(None, [shown_metric(view)])])
 
 
 def shown_metric(view: View) -> str:
-    """The pooled metrics worth a line, such as "test accuracy 0.783, test loss 0.51"."""
-    pooled = view.metrics
-    shown = [name for name in SHOWN_METRICS if name in pooled]
-    return ", ".join(f"{name.replace('.', ' ')} {pooled[name]:.3f}" for name in shown)
+    """The pooled metrics of the test split, such as "test accuracy 0.783, test loss 0.510"."""
+    return ", ".join(
+        f"{name.replace('.', ' ')} {value:.3f}"
+        for name, value in view.metrics.items()
+        if name.startswith("test.") and not name.endswith(".examples")
+    )
 
 
 def readable_bytes(count: int) -> str:

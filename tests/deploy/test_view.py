@@ -16,7 +16,7 @@ def seen(*messages: Message) -> tuple[View, list[str]]:
     view, printed = START, []
     for message in messages:
         before, view = view, view.after(message)
-        printed += lines(before, view, message)
+        printed += lines(before, message)
     return view, printed
 
 
@@ -33,28 +33,26 @@ def closed(number: int) -> pb.RoundClosed:
     )
 
 
-def test_a_round_is_told_once_and_scored_when_all_have_scored_it() -> None:
+def test_a_round_is_told_in_one_line_when_it_is_over() -> None:
     view, printed = seen(
         pb.RoundOpened(run_id="r", round=1),
         closed(1),
         scored("ada", 1.0, 1),
         scored("bob", 0.5, 3),
     )
-    assert printed == [
-        "round 1 of 3: 2 of 2 counted",
-        "round 1 of 3 scored: test accuracy 0.625",
-    ]
+    assert printed == []
     assert shown_metric(view) == "test accuracy 0.625"
+    line = "round 1 of 3: 2 of 2 counted, test accuracy 0.625"
+    assert lines(view, pb.RoundOpened(run_id="r", round=2)) == [line]
+    assert lines(view, pb.RunFinished(run_id="r")) == [line]
 
 
-def test_who_is_missing_is_named_with_the_reason() -> None:
+def test_a_round_that_nobody_scored_is_told_all_the_same() -> None:
     message = closed(2)
     message.missing.add(learner="cyd", reason="silent for 31.0 s, longer than its lease")
-    _, printed = seen(message)
-    assert printed == [
-        "round 2 of 3: 2 of 3 counted",
-        "  without cyd: silent for 31.0 s, longer than its lease",
-    ]
+    silent = pb.LeaseEnded(task_id="t", learner="cyd", silent_s=31.2)
+    _, printed = seen(silent, message, pb.RunFinished(run_id="r"))
+    assert printed == ["cyd was silent for 31 s", "round 2 of 3: 2 of 3 counted"]
 
 
 def test_learners_are_shown_as_last_heard_of() -> None:

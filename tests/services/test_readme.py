@@ -1,0 +1,141 @@
+"""The README's commands do what it says, as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+EXAMPLE = ROOT / "deploy" / "examples" / "penguins"
+DAEMON = re.compile(r"metisfl-(broker|controller|learner) ")
+DEADLINE_S = 90.0
+
+
+def commands(section: str) -> list[str]:
+    """The lines after `$ ` in one section's console blocks."""
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def free_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
+
+
+def test_the_readmes_own_application_trains_as_it_stands_there(tmp_path: Path) -> None:
+    (application,), (federation,) = blocks("python"), blocks("toml")
+    assert len(application.splitlines()) < 25
+    (tmp_path / "strength.py").write_text(application)
+    (tmp_path / "factories.toml").write_text(federation.replace("/data", str(tmp_path)))
+    draw = np.random.default_rng(3)
+    for site in ("north", "south"):
+        x = draw.normal(size=(200, 8))
+        table = np.column_stack([x, x.sum(axis=1)])
+        np.savetxt(tmp_path / f"{site}.csv", table, delimiter=",", header="a,b,c,d,e,f,g,h,y")
+    (command,) = commands("Your own model and data")
+    output = Shell(tmp_path).run(command)
+    assert "10 rounds in" in output
+    assert "test mae" in output
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|\$ )make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    with Shell(tmp_path) as shell:
+        yield shell
+
+
+class Shell:
+    """Runs the section's commands on one machine: names become loopback, daemons run behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "deploy").symlink_to(ROOT / "deploy")
+        self._ports = {port: str(free_port()) for port in ("5570", "5571", "5572")}
+        self._environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Shell:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for daemon in self._daemons:
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self._daemons:
+            daemon.wait(20)
+
+    def here(self, text: str) -> str:
+        for name in ("BROKER", "CONTROLLER"):
+            text = re.sub(rf"\b{name}:", "127.0.0.1:", text)
+        for port, free in self._ports.items():
+            text = text.replace(port, free)
+        return text
+
+    def run(self, command: str) -> str:
+        command = self.here(command)
+        if command.startswith("export "):
+            self._environment.update(part.split("=", 1) for part in command.split()[1:])
+            return ""
+        if DAEMON.match(command):
+            self._daemons.append(
+                subprocess.Popen(command.split(), cwd=self._folder, env=self._environment)
+            )
+            return ""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self._folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def codes(self) -> list[int | None]:
+        return [daemon.poll() for daemon in self._daemons]
+
+
+def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
+    shell: Shell, tmp_path: Path
+) -> None:
+    federation = (EXAMPLE / "federation.toml").read_text()
+    where = "[broker]\ningress = 'tcp://BROKER:5570'\nlive = 'tcp://BROKER:5571'\n"
+    path = f"path = '{EXAMPLE}'"
+    (tmp_path / "penguins.toml").write_text(
+        shell.here(federation.replace('path = "."', path) + where)
+    )
+    output = ""
+    for command in commands("On different machines"):
+        output = shell.run(command)
+        if command.startswith("metisfl-learner"):
+            for site in ("dream", "torgersen"):
+                shell.run(command.replace("biscoe", site).replace("Biscoe", site.capitalize()))
+    assert re.search(r"8 rounds in .* test accuracy 0\.9|8 rounds in .* test accuracy 1\.0", output)
+    for site in ("biscoe", "dream", "torgersen"):
+        assert list((tmp_path / site / "final").rglob("model.keras")), f"{site} has no model"
+    assert shell.codes() == [None] * 5, "daemons outlive a run"
+    assert "secret" not in "".join(commands("On different machines"))
