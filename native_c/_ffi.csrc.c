@@ -1,0 +1,2 @@
+#include "metis.h"
+#include "metis_bench.h"
