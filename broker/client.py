@@ -1,0 +1,432 @@
+"""The broker as the other processes see it: publish through an outbox, read lanes in order.
+
+Rule 1: a broker that is away, restarts or answers late is no event for the caller: publishing waits
+in the outbox, reading waits in the iterator. What cannot heal by itself (a refused key's name, a
+lost history, a newer self elsewhere) is raised by every method from then on.
+Rule 2: everything runs in the caller's event loop and thread, and nothing blocks either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import structlog
+from google.protobuf.message import Message
+
+from metisfl.broker.feed import Batch, Feed, Record, opened
+from metisfl.broker.lane import Lane
+from metisfl.broker.link import ClientKeys, Link
+from metisfl.broker.outbox import Outbox
+from metisfl.broker.window import WINDOW_EVENTS, EventRejected, HelloWanted, Patience, Window
+from metisfl.proto import frames
+from metisfl.proto.envelope import parse_envelope
+from metisfl.proto.errors import MachineError, PeerError
+from metisfl.proto.events import encode
+from metisfl.proto.events_pb2 import Hello, Welcome
+from metisfl.proto.frames import Beat
+from metisfl.proto.topics import HEADS
+
+__all__ = [
+    "Batch",
+    "Beat",
+    "BrokerClient",
+    "ClientKeys",
+    "Feed",
+    "Outbox",
+    "Record",
+    "Rejected",
+]
+
+log = structlog.get_logger()
+
+BEATS_WAITING_MAX: Final = 1024
+SUBSCRIPTIONS_MAX: Final = 16
+TICK_S: Final = 0.1
+TIDY_TICKS: Final = 10
+LIVE_SILENCE_S: Final = 5.0  # the broker sends a head every second
+UNANSWERED_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An event of ours that the broker will never take; those behind it go on."""
+
+    sequence: int
+    topic: str
+    type: str
+    correlation_id: str
+    reason: str
+
+
+_TOLD: Final = ("sequence", "topic", "type", "correlation_id", "reason")
+
+
+class _Watch:
+    """`with watch:` around what the loop calls: an error ends the client, never only a log line."""
+
+    def __init__(self, fail: Callable[[BaseException], None]) -> None:
+        self._fail = fail
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, Exception):
+            self._fail(error)
+            return True
+        return False
+
+
+class BrokerClient:
+    """One connection pair to the broker, for all lanes of one principal.
+
+    Use as `async with`. Publishing: append to the outbox in your transaction, commit, `flush()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ingress: str,
+        live: str,
+        keys: ClientKeys,
+        principal: str,
+        outbox: Outbox,
+        software: str,
+        on_reject: Callable[[Rejected], None] | None = None,
+    ) -> None:
+        """`on_reject` is called for each event that the broker refuses for good; it is logged too.
+
+        Raises ValueError if the outbox belongs to another principal.
+        """
+        if outbox.publisher != principal:
+            raise ValueError(f"the outbox of {outbox.publisher} cannot publish for {principal}")
+        self._ingress, self._principal, self._software = ingress, principal, software
+        self._outbox = outbox
+        self._on_reject = on_reject
+        self._lanes: dict[str, tuple[Lane, Feed[Batch]]] = {}
+        self._beats: dict[str, tuple[deque[Beat], Feed[Beat]]] = {}
+        self._reported: dict[str, int] = {}
+        self._drained: list[tuple[int, asyncio.Future[None]]] = []
+        self._failure: BaseException | None = None
+        self._request = 0
+        self._ticks = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch = _Watch(self._fail)
+        now = time.monotonic()
+        self._window = Window(
+            principal=principal,
+            epoch=outbox.epoch,
+            acked=outbox.acked,
+            last=outbox.last(),
+            now=now,
+        )
+        self._live_patience = Patience(LIVE_SILENCE_S, LIVE_SILENCE_S, now)
+        self._unanswered_since: float | None = now
+        self._told = False
+        self._link = Link(
+            ingress=ingress,
+            live=live,
+            keys=keys,
+            on_reply=self._on_reply,
+            on_live=self._on_live,
+            on_settled=self._settle,
+        )
+
+    async def __aenter__(self) -> BrokerClient:
+        """Open the sockets and go on; nobody waits for the broker here."""
+        self._link.open()
+        self._link.subscribe(HEADS)
+        self._tick()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the sockets. What is not acknowledged stays in the outbox for the next time."""
+        if self._failure is None:
+            self._outbox.tidy()
+            self._end(StopAsyncIteration())
+
+    @property
+    def connected(self) -> bool:
+        """True while the broker knows us and answers, as far as can be told."""
+        return self._failure is None and self._window.welcomed
+
+    def flush(self) -> None:
+        """Send what the outbox holds, as far as the window allows. Call it after the commit."""
+        self._raise_failure()
+        if self._outbox.in_transaction:
+            raise ValueError("flush comes after the commit, not before it")
+        self._window.appended(self._outbox.last(), time.monotonic())
+        with self._watch:
+            self._pump(time.monotonic())
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until everything that is in the outbox now is acknowledged.
+
+        Raises MachineError when that takes longer than `timeout_s`, and what ended the client.
+        """
+        self.flush()
+        target = self._window.last
+        if self._window.acked >= target:
+            return
+        try:
+            await asyncio.wait_for(self._acked(target), timeout_s)
+        except asyncio.TimeoutError:
+            raise MachineError(
+                f"{target - self._window.acked} events of {self._principal} were not acknowledged "
+                f"by the broker at {self._ingress} within {timeout_s} s; they stay in the outbox"
+            ) from None
+
+    async def room(self) -> int:
+        """Wait until the window has room and return how many events it takes at once.
+
+        For whoever publishes faster than the broker stores: append no more than this at a time.
+        """
+        while True:
+            self._raise_failure()
+            waiting = self._window.last - self._window.acked
+            if waiting < WINDOW_EVENTS:
+                return WINDOW_EVENTS - waiting
+            await self._acked(self._window.acked + 1)
+
+    def records(self, lane: str) -> Feed[Batch]:
+        """Read a lane from `outbox.cursor(lane)` on. One reader for each lane.
+
+        The next batch comes whether or not the caller has moved the cursor. Raises ValueError for
+        a name that is no lane, or one that is read already.
+        """
+        self._raise_failure()
+        if lane in self._lanes:
+            raise ValueError(f"lane {lane!r} has a reader already")
+        state = Lane(lane, self._outbox.cursor(lane))
+        feed: Feed[Batch] = Feed(lambda: self._take(state))
+        self._subscribe(lane)
+        self._lanes[lane] = (state, feed)
+        return feed
+
+    def beats(self, prefix: str) -> Feed[Beat]:
+        """Read transient events whose topic starts with `prefix`, which ends in `/`.
+
+        They are not stored: what comes while nobody is connected is lost, and when the reader is
+        slow the oldest of 1024 makes room.
+        """
+        self._raise_failure()
+        if not prefix.endswith("/") or prefix in self._beats:
+            raise ValueError(f"{prefix!r} does not end in '/' or has a reader already")
+        waiting: deque[Beat] = deque(maxlen=BEATS_WAITING_MAX)
+        feed: Feed[Beat] = Feed(lambda: waiting.popleft() if waiting else None)
+        self._subscribe(prefix)
+        self._beats[prefix] = (waiting, feed)
+        return feed
+
+    def beat(self, topic: str, event: Message) -> None:
+        """Publish a transient event: at once or not at all. Raises ValueError if it is no event."""
+        self._raise_failure()
+        kind, payload = encode(event)
+        if len(payload) > frames.BEAT_BYTES_MAX:
+            raise ValueError(f"beat has {len(payload)} bytes; at most {frames.BEAT_BYTES_MAX}")
+        if self._window.welcomed:
+            self._link.send(*frames.pack_beat(Beat(topic, kind, payload)))
+
+    def _acked(self, target: int) -> asyncio.Future[None]:
+        waiter = asyncio.get_running_loop().create_future()
+        self._drained.append((target, waiter))
+        return waiter
+
+    # ---- What arrives ------------------------------------------------------------------
+
+    def _on_reply(self, parts: list[bytes]) -> None:
+        with self._watch:
+            now = time.monotonic()
+            try:
+                reply = frames.parse_reply(parts)
+            except PeerError as error:
+                log.warning("message of the broker ignored", error=str(error))
+                return
+            if isinstance(reply, frames.FetchedBatch):
+                for lane, _ in self._lanes.values():
+                    lane.batch(reply)
+                return
+            if isinstance(reply, frames.Busy):
+                log.warning("the broker is busy", reason=reply.reason, retry_ms=reply.retry_ms)
+                if reply.request:
+                    for lane, _ in self._lanes.values():
+                        lane.busy(reply, now)
+                    return
+            effect = self._window.handle(reply, now)
+            if isinstance(effect, HelloWanted):
+                self._say_hello()
+            elif isinstance(effect, EventRejected):
+                self._tell_rejected(effect)
+            elif isinstance(reply, Welcome):
+                self._welcomed(reply)
+            self._outbox.acknowledge(self._window.acked)
+
+    def _on_live(self, parts: list[bytes]) -> None:
+        with self._watch:
+            now = time.monotonic()
+            self._live_patience.heard(now)
+            try:
+                item = frames.parse_live(parts)
+            except PeerError as error:
+                log.warning("live message ignored", error=str(error))
+                return
+            if isinstance(item, frames.RawRecord):
+                topic = item.topic.decode()
+                for name in (topic, topic[: topic.find("/") + 1]):
+                    if name in self._lanes:
+                        self._lanes[name][0].live(item)
+            elif isinstance(item, Beat):
+                for prefix, (waiting, feed) in self._beats.items():
+                    if item.topic.startswith(prefix):
+                        waiting.append(item)
+                        feed.wake()
+            else:
+                for lane, _ in self._lanes.values():
+                    lane.head(item, now)
+
+    def _settle(self) -> None:
+        """After messages came: send what may go, ask for what is missing, wake who waits."""
+        with self._watch:
+            now = time.monotonic()
+            self._pump(now)
+            for lane, feed in self._lanes.values():
+                self._ask(lane, now)
+                if lane.news:
+                    feed.wake()
+            for target, waiter in self._drained:
+                if self._window.acked >= target and not waiter.done():
+                    waiter.set_result(None)
+            self._drained = [entry for entry in self._drained if not entry[1].done()]
+
+    def _tick(self) -> None:
+        with self._watch:
+            now = time.monotonic()
+            if self._window.must_reopen(now) or self._live_patience.ended(now):
+                self._link.reopen()
+                self._window.reopened(now)
+                self._live_patience.heard(now)
+            self._tell_silence(now)
+            self._ticks += 1
+            if self._ticks % TIDY_TICKS == 0 and not self._outbox.in_transaction:
+                self._outbox.tidy()
+                self._report_cursors()
+        self._settle()
+        if self._failure is None:
+            self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    # ---- What goes out --------------------------------------------------------------------
+
+    def _pump(self, now: float) -> None:
+        after, count = self._window.sendable(now)
+        if count <= 0 or self._outbox.in_transaction:
+            return
+        send = self._link.send
+        for sequence, crc, envelope in self._outbox.rows(after, count):
+            if not send(frames.PUBLISH, crc, envelope):
+                return
+            self._window.was_sent(sequence)
+
+    def _ask(self, lane: Lane, now: float) -> None:
+        if self._window.welcomed and (fetch := lane.wanted(now, self._request + 1)):
+            self._request = (self._request + 1) % 2**31
+            self._link.send(*frames.pack_fetch(fetch))
+
+    def _take(self, lane: Lane) -> Batch | None:
+        if not lane.news:
+            return None
+        raw, through = lane.take()
+        self._ask(lane, time.monotonic())
+        caught_up = lane.caught_up and not lane.ready
+        return Batch(tuple(opened(record) for record in raw), through, caught_up)
+
+    def _say_hello(self) -> None:
+        hello = Hello(
+            protocol=frames.PROTOCOL, software=self._software[:64], epoch=self._outbox.epoch
+        )
+        self._link.send(*frames.pack_hello(hello))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        if self._told:
+            log.info("the broker answers", endpoint=self._ingress, software=welcome.software)
+        self._unanswered_since, self._told = None, False
+        self._reported.clear()
+        for lane, _ in self._lanes.values():
+            lane.welcomed()
+
+    def _report_cursors(self) -> None:
+        """Tell the broker how far each lane is applied; it is for its operator's eyes only."""
+        for name in self._lanes:
+            cursor = self._outbox.cursor(name)
+            if self._window.welcomed and cursor != self._reported.get(name, 0):
+                self._link.send(*frames.pack_cursor(frames.CursorReport(cursor, name)))
+                self._reported[name] = cursor
+
+    def _subscribe(self, prefix: str) -> None:
+        if len({*self._lanes, *self._beats, prefix}) >= SUBSCRIPTIONS_MAX:
+            raise ValueError(f"at most {SUBSCRIPTIONS_MAX - 1} lanes and beat prefixes a client")
+        self._link.subscribe(prefix.encode())
+
+    # ---- What goes wrong ----------------------------------------------------------------------
+
+    def _tell_rejected(self, effect: EventRejected) -> None:
+        for sequence, _, envelope in self._outbox.rows(effect.sequence - 1, 1):
+            if sequence != effect.sequence:
+                continue
+            event = parse_envelope(envelope)
+            rejected = Rejected(
+                sequence, event.topic, event.type, event.correlation_id, effect.reason
+            )
+            log.error("event refused for good", **{k: getattr(rejected, k) for k in _TOLD})
+            if self._on_reject is not None:
+                self._on_reject(rejected)
+
+    def _tell_silence(self, now: float) -> None:
+        if self._window.welcomed:
+            return
+        if self._unanswered_since is None:
+            self._unanswered_since = now
+        elif not self._told and now - self._unanswered_since >= UNANSWERED_S:
+            self._told = True
+            log.warning(
+                "the broker does not answer; is it running, and does it know this key?",
+                endpoint=self._ingress,
+                principal=self._principal,
+            )
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+            self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        self._failure = error
+        if self._timer is not None:
+            self._timer.cancel()
+        self._link.close()
+        feeds: list[Feed[Any]] = [feed for _, feed in self._lanes.values()]
+        feeds.extend(feed for _, feed in self._beats.values())
+        for feed in feeds:
+            feed.end(error)
+        for _, waiter in self._drained:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,242 @@
+"""The thread that owns both sockets: messages in, effects out.
+
+Rule: it never waits for anything but its poller. What has arrived goes to the writer as one batch;
+answers and live records go out only for what has come back from there. What cannot be sent to a
+peer at once is dropped: it is in the log, and the peer asks again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import structlog
+import zmq
+
+from metisfl.broker.access import Subscriptions
+from metisfl.broker.dispatch import Dispatch, Effect, Read, Reply
+from metisfl.broker.sequencer import Batch
+from metisfl.broker.store import DamagedLog, StorageFull, Store
+from metisfl.broker.writer import Writer
+from metisfl.proto import frames
+from metisfl.proto.frames import Busy, Head, Header, Reject
+
+__all__ = ["Loop", "Sockets"]
+
+DRAIN_MESSAGES: Final = 512
+HEAD_GAP_S: Final = 0.02  # between heads sent for new subscriptions
+DAMAGE_RETRY_MS: Final = 5000
+LINES_PER_TICK: Final = 20
+
+Sockets = zmq.Socket[bytes]
+log = structlog.get_logger()
+
+
+class Loop:
+    """Call `turn` for ever and `tick` about once a second."""
+
+    def __init__(
+        self,
+        *,
+        ingress: Sockets,
+        live: Sockets,
+        stop_descriptor: int,
+        dispatch: Dispatch,
+        store: Store,
+        writer: Writer,
+        incarnation: int,
+    ) -> None:
+        self._ingress, self._live = ingress, live
+        self._dispatch, self._sequencer = dispatch, dispatch.sequencer
+        self._store, self._writer = store, writer
+        self._incarnation = incarnation
+        self._subscriptions = Subscriptions()
+        self._reads: deque[Read] = deque()
+        self._failing = False
+        self._head_due = False
+        self._head_at = 0.0
+        self._lines = 0
+        self.dropped = 0
+        self._reading = True
+        self._poller = zmq.Poller()
+        self._poller.register(stop_descriptor, zmq.POLLIN)
+        for socket in (writer.signal, live, ingress):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def turn(self, timeout_ms: int) -> None:
+        """Wait for something to do, and do it."""
+        if self._reading is self._sequencer.full:
+            self._reading = not self._reading
+            self._poller.modify(self._ingress, zmq.POLLIN if self._reading else 0)
+        ready = dict(self._poller.poll(0 if self._reads else timeout_ms))
+        now = time.monotonic()
+        if self._writer.signal in ready:
+            self._take_outcomes(now)
+        if self._live in ready:
+            self._take_subscriptions()
+        if self._ingress in ready:
+            self._take_messages(now)
+        if batch := self._sequencer.seal(time.time_ns()):
+            self._writer.submit(batch)
+        if self._reads:
+            self._answer(self._reads.popleft())
+        if self._head_due and now - self._head_at >= HEAD_GAP_S:
+            self._send_head(now)
+
+    def tick(self) -> None:
+        """Tell subscribers how long the log is, and let cursors go to disk."""
+        self._send_head(time.monotonic())
+        self._sequencer.cursors_due()
+        if self._lines > LINES_PER_TICK:
+            log.warning("more of the same was not logged", lines=self._lines - LINES_PER_TICK)
+        self._lines = 0
+
+    def finish(self) -> None:
+        """Store what was handed to the writer and answer for it; take nothing more."""
+        self._writer.close()
+        self._take_outcomes(time.monotonic())
+
+    # ---- In ---------------------------------------------------------------------------
+
+    def _take_messages(self, now: float) -> None:
+        ingress, dispatch = self._ingress, self._dispatch
+        for _ in range(DRAIN_MESSAGES):
+            if self._sequencer.full:
+                return
+            try:
+                peer = ingress.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if dispatch.knows(peer):
+                parts = self._rest(ingress.recv())
+            else:
+                frame = ingress.recv(copy=False)
+                parts = self._rest(frame.bytes)
+                dispatch.connect(peer, str(frame.get("User-Id")), now)
+            if effects := dispatch.handle(peer, parts, now):
+                self._perform(effects)
+
+    def _rest(self, part: bytes) -> list[bytes]:
+        """The parts of one message, of which at most one too many is kept."""
+        parts, more = [part], self._ingress.getsockopt(zmq.RCVMORE)
+        while more:
+            part = self._ingress.recv()
+            if len(parts) < frames.PARTS_MAX:
+                parts.append(part)
+            more = self._ingress.getsockopt(zmq.RCVMORE)
+        return parts
+
+    def _take_subscriptions(self) -> None:
+        for _ in range(DRAIN_MESSAGES):
+            try:
+                frame = self._live.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            message = frame.bytes
+            kind, prefix = message[:1], message[1:]
+            if kind == b"\x01":
+                principal = str(frame.get("User-Id"))
+                if refusal := self._subscriptions.subscribe(principal, prefix):
+                    self._complain("subscription refused", principal, refusal)
+                else:
+                    self._live.setsockopt(zmq.SUBSCRIBE, prefix)
+                    self._head_due = True  # the first thing that it hears for sure
+            elif kind == b"\x00":
+                self._subscriptions.unsubscribe(prefix)
+                self._live.setsockopt(zmq.UNSUBSCRIBE, prefix)
+
+    def _take_outcomes(self, now: float) -> None:
+        for outcome in self._writer.outcomes():
+            if outcome.failure is None:
+                if self._failing:
+                    log.info("events are stored again")
+                self._failing = False
+                self._perform(self._dispatch.committed(outcome.batch))
+                self._publish(outcome.batch)
+                for refused in outcome.batch.refused:
+                    self._complain("event refused", refused.publisher, refused.reason)
+            elif not isinstance(outcome.failure, StorageFull):
+                raise outcome.failure
+            else:
+                if not self._failing:
+                    log.error("events cannot be stored", reason=str(outcome.failure))
+                self._failing = True
+                self._perform(self._dispatch.failed(str(outcome.failure), now))
+
+    # ---- Out ----------------------------------------------------------------------------
+
+    def _perform(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Reply):
+                message = effect.message
+                if isinstance(message, frames.FetchedBatch):
+                    parts = frames.pack_batch(message.request, message.head, message.through, ())
+                else:
+                    parts = frames.pack_reply(message)
+                    if isinstance(message, Reject) and message.code != frames.POISON:
+                        self._complain("message refused", effect.peer.hex(), message.reason)
+                self._send(effect.peer, parts)
+            elif isinstance(effect, Read):
+                self._reads.append(effect)
+            else:
+                self._live.send_multipart(frames.pack_live_beat(effect.beat))
+
+    def _publish(self, batch: Batch) -> None:
+        send, pack, more = self._live.send, frames.pack_header, zmq.SNDMORE
+        incarnation, logged = self._incarnation, batch.logged_unix_ns
+        for sequence, _, _, in_topic, in_federation, crc, envelope, topic in batch.appends:
+            send(topic, more)
+            send(pack(Header(crc, incarnation, sequence, in_topic, in_federation, logged)), more)
+            send(envelope)
+
+    def _answer(self, read: Read) -> None:
+        fetch = read.fetch
+        try:
+            records, through = self._store.read_lane(
+                of_federation=read.of_federation,
+                lane_id=read.lane_id,
+                lane_head=read.lane_head,
+                after=fetch.after,
+                head=read.head,
+                max_events=fetch.max_events,
+                max_bytes=frames.FETCH_BYTES_MAX,
+            )
+        except DamagedLog as error:
+            self._complain("fetch refused", read.peer.hex(), str(error))
+            parts = frames.pack_reply(Busy(DAMAGE_RETRY_MS, fetch.request, str(error)))
+        else:
+            flat: list[bytes] = []
+            for record in records:
+                header = Header(
+                    record.crc,
+                    self._incarnation,
+                    record.sequence,
+                    record.previous_in_topic,
+                    record.previous_in_federation,
+                    record.logged_unix_ns,
+                )
+                flat += (record.topic.encode(), frames.pack_header(header), record.envelope)
+            parts = frames.pack_batch(fetch.request, read.head, through, flat)
+        self._send(read.peer, parts)
+        self._dispatch.answered(read.peer)
+
+    def _send(self, peer: bytes, parts: Sequence[bytes]) -> None:
+        try:
+            self._ingress.send_multipart([peer, *parts], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self.dropped += 1  # slow or gone
+
+    def _send_head(self, now: float) -> None:
+        self._head_due, self._head_at = False, now
+        head = frames.pack_head(Head(self._incarnation, self._sequencer.durable_head))
+        self._live.send_multipart(head)
+        self._live.setsockopt(zmq.XPUB_WELCOME_MSG, b"".join(head))
+
+    def _complain(self, what: str, who: str, reason: str) -> None:
+        self._lines += 1
+        if self._lines <= LINES_PER_TICK:
+            log.warning(what, who=who, reason=reason)
