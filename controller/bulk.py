@@ -24,7 +24,7 @@ from metisfl.controller.admission import Admission, Expected
 from metisfl.controller.downloads import Downloads
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
-from metisfl.controller.uploads import OnRefused, OnStored, Uploads
+from metisfl.controller.uploads import OnRefused, OnStored, Uploads, is_worth_a_line
 from metisfl.deploy.curve import Authenticator, secure_server, self_test
 from metisfl.deploy.keys import Identity
 from metisfl.native_c import crc32c
@@ -84,8 +84,8 @@ class BulkEndpoint:
         admission = Admission(store)
         self._uploads = Uploads(spool, admission, self._send, on_stored, on_refused, self._counts)
         self._downloads = Downloads(store, self._send, self._counts)
-        self._expected: Mapping[str, Expected] = MappingProxyType({})
-        self._adopted: Mapping[str, Expected] = self._expected
+        self._expected: Mapping[str, Expected] | None = None
+        self._adopted: Mapping[str, Expected] | None = None
         self._stopping = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(IO_THREADS)
         self._authenticator = Authenticator(self._context, peers)
@@ -124,7 +124,8 @@ class BulkEndpoint:
     def expect(self, expected: Mapping[str, Expected]) -> None:
         """From now on these tasks are open, by task id, and no others.
 
-        What was received for other tasks is deleted, unless it is complete: that is the owner's.
+        Before the first call learners wait for their answer. With each, what was received for other
+        tasks is deleted, unless it is complete: that is the owner's.
         Raises ValueError for a task id that cannot name a file.
         """
         if expected == self._expected:
@@ -194,9 +195,7 @@ class BulkEndpoint:
             ready = dict(poller.poll(wait_ms))
             if self._wake_reader.fileno() in ready:
                 self._wake_reader.recv(4096)
-            if self._adopted is not self._expected:
-                self._adopted = self._expected
-                self._uploads.expect(self._adopted)
+            self._adopt()
             if self._socket in ready:
                 self._receive()
             now = time.monotonic()
@@ -208,6 +207,12 @@ class BulkEndpoint:
             self._bury()
             waits = (0.0 if more else WORD_S, WORD_S if again_s is None else again_s)
             wait_ms = max(0, round(1000 * min(next_tick - now, *waits)))
+
+    def _adopt(self) -> None:
+        expected = self._expected
+        if expected is not None and expected is not self._adopted:
+            self._adopted = expected
+            self._uploads.expect(expected, time.monotonic())
 
     def _tick(self, now: float) -> None:
         if not self._authenticator.is_alive():
@@ -233,7 +238,7 @@ class BulkEndpoint:
         except PeerError as error:
             self._counts["bad_frames"] += 1
             count = self._counts["bad_frames"]
-            if count & (count - 1) == 0:  # 1, 2, 4, 8...: a flood must not fill the log
+            if is_worth_a_line(count):
                 log.warning("bad bulk frame", peer=principal, count=count, why=str(error))
             self._send(route, Refused(NO_DIGEST, Code.BAD_FRAME, str(error)))
 
@@ -245,6 +250,7 @@ class BulkEndpoint:
             case Credit():
                 self._downloads.credit(frame, route, now)
             case Open():
+                self._adopt()  # whoever asks after `expect` has returned is judged by it
                 self._uploads.open(frame, principal, route, now)
             case Get():
                 self._downloads.get(frame, principal, route, now)

@@ -39,6 +39,7 @@ from metisfl.proto.tensors import ITEM_BYTES, segments, serialise_manifest
 
 __all__ = ["Spool", "StagedUpdate", "UpdateRejected"]
 
+UPDATE_BYTES_MAX: Final = 64 << 30
 SYNC_BYTES: Final = 8 << 20
 FLOATS: Final = frozenset({"bfloat16", "float16", "float32", "float64"})
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}")
@@ -196,10 +197,17 @@ class StagedUpdate:
 class Spool:
     """The folder of parts and updates of one controller."""
 
-    def __init__(self, folder: Path, *, reserve_bytes: int = RESERVE_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        reserve_bytes: int = RESERVE_BYTES,
+        update_bytes_max: int = UPDATE_BYTES_MAX,
+    ) -> None:
         """Open or create `folder`. Raises MachineError if it cannot be used."""
         self.folder = folder
         self._reserve_bytes = reserve_bytes
+        self._update_bytes_max = update_bytes_max
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -253,8 +261,14 @@ class Spool:
     def begin(self, task_id: str, digest: bytes, manifest: Manifest) -> StagedUpdate:
         """Make room for an update, or go on with what a part of the same content holds.
 
-        Raises MachineError if there is no room.
+        Raises UpdateRejected if it is larger than any may be, MachineError if there is no room.
         """
+        if manifest.payload_bytes > self._update_bytes_max:
+            raise UpdateRejected(
+                Code.TOO_LARGE,
+                f"an update of {manifest.payload_bytes} bytes; this controller takes up to "
+                f"{self._update_bytes_max}",
+            )
         path = self.part_path(task_id)
         header = header_of(serialise_manifest(manifest))
         part_bytes = len(header) + manifest.payload_bytes + 2 * NOTE_BYTES

@@ -26,7 +26,7 @@ from metisfl.proto.digest import RunningDigest
 from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.model_file import ModelFile
 
-__all__ = ["OnRefused", "OnStored", "Send", "Uploads"]
+__all__ = ["OnRefused", "OnStored", "Send", "Uploads", "is_worth_a_line"]
 
 Send = Callable[[bytes, Frame], bool]
 """Route, frame -> whether it was accepted for delivery."""
@@ -87,8 +87,10 @@ class Uploads:
         self._changed: set[bytes] = set()
         self._checks: dict[str, _Check] = {}
         self._stored: dict[str, bytes] = {}
+        # Until the owner has said what is open nobody is refused; one OPEN a learner waits here.
+        self._early: dict[str, tuple[Open, bytes]] | None = {}
 
-    def expect(self, expected: Mapping[str, Expected]) -> None:
+    def expect(self, expected: Mapping[str, Expected], now: float) -> None:
         """These tasks are open, and no others: parts and uploads of others are dropped."""
         for upload in list(self._uploads.values()):
             if expected.get(upload.task_id) != upload.expected:
@@ -104,15 +106,21 @@ class Uploads:
                 self._stored[task_id] = digest
             elif task_id not in self._checks and self._spool.is_stored(task_id):
                 self._begin_check(task_id)
+        early, self._early = self._early, None
+        for principal, (frame, route) in (early or {}).items():
+            self.open(frame, principal, route, now)
 
     def open(self, frame: Open, principal: str, route: bytes, now: float) -> None:
         """A learner has an update: answer with STORED, REFUSED or credit."""
+        if self._early is not None:
+            self._early[principal] = frame, route
+            return
         task_id = frame.task_id
         refusal = self._admission.judge(frame, principal)
         upload = self._uploads.get(frame.subject)
         if refusal is not None:
-            self._refuse(route, frame.subject, refusal)
-            _log_refusal(task_id, principal, refusal)
+            if is_worth_a_line(self._refuse(route, frame.subject, refusal)):
+                _log_refusal(task_id, principal, refusal)
         elif task_id in self._stored:
             self._tell_stored(route, task_id, frame.digest)
         elif task_id in self._checks:
@@ -202,7 +210,8 @@ class Uploads:
         try:
             staged = self._spool.begin(task_id, frame.digest, self._admission.manifest(frame))
         except PeerError as error:
-            refusal = Refusal(Code.BAD_MANIFEST, str(error))
+            code = error.code if isinstance(error, UpdateRejected) else Code.BAD_MANIFEST
+            refusal = Refusal(code, str(error))
             self._refuse(route, subject, refusal)
             self._remember(task_id, frame.digest, principal, refusal)
             return
@@ -361,10 +370,18 @@ class Uploads:
             reason = f"task {task_id} has another update already, with the digest {stored.hex()}"
             self._refuse(route, subject, Refusal(Code.OTHER_UPDATE, reason))
 
-    def _refuse(self, route: bytes | None, subject: bytes, refusal: Refusal) -> None:
-        self._counts[f"refused_{refusal.code.name.lower()}"] += 1
+    def _refuse(self, route: bytes | None, subject: bytes, refusal: Refusal) -> int:
+        """Say no; return how often for this reason so far."""
+        name = f"refused_{refusal.code.name.lower()}"
+        self._counts[name] += 1
         if route is not None:
             self._send(route, Refused(subject, refusal.code, refusal.reason))
+        return self._counts[name]
+
+
+def is_worth_a_line(count: int) -> bool:
+    """1, 2, 4, 8...: what a peer can repeat at will must not fill the log."""
+    return count & (count - 1) == 0
 
 
 def _log_refusal(task_id: str, principal: str, refusal: Refusal) -> None:

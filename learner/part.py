@@ -1,0 +1,155 @@
+"""A model on its way in: a model file that grows by whole chunks.
+
+Rule: its size says how much is there, so an interrupted download goes on without any other note.
+Whether it is the right model is for the digest of all of it to say; only then does it get its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from metisfl.proto.chunk import CHUNK_BYTES, Buffer, chunk_count
+from metisfl.proto.digest import RunningDigest
+from metisfl.proto.errors import MachineError, PeerError
+from metisfl.proto.model_file import header_of
+from metisfl.proto.tensors import MANIFEST_BYTES_MAX, parse_manifest
+
+__all__ = ["PartFile"]
+
+SMALL_BYTES: Final = 1 << 20
+"""Up to here an fsync is shorter than the way to another thread and back."""
+_PREFIX = struct.Struct("<8sII")  # magic, version, manifest length
+
+
+class PartFile:
+    """`<path>.<digest>.part`, next to the path that the model will have. A context manager.
+
+    Raises MachineError, from any method, for a full disk and the like.
+    """
+
+    def __init__(self, path: Path, digest: bytes) -> None:
+        self._path = path
+        self._wanted = digest
+        self._part = path.with_name(f"{path.name}.{digest.hex()[:16]}.part")
+        with self._on_disk():
+            self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            found, size = self._found(), os.fstat(self._descriptor).st_size
+        self.begun = found is not None
+        """Whether the manifest is known."""
+        self._start(found or b"")
+        if self.begun and size == self._payload_offset + self._payload_bytes:
+            self.received = self.count
+        elif self.begun:
+            self.received = min(max(0, size - self._payload_offset) // CHUNK_BYTES, self.count)
+        self.resumed = self.received > 0
+        """Whether some of it is from an earlier attempt."""
+
+    def __enter__(self) -> PartFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @property
+    def complete(self) -> bool:
+        return self.begun and self.received == self.count
+
+    def begin(self, manifest_bytes: bytes) -> None:
+        """The model has this manifest; chunks of a model with another one are dropped.
+
+        Raises PeerError for a manifest that is none.
+        """
+        if self.begun and manifest_bytes == self.manifest_bytes:
+            return
+        parse_manifest(manifest_bytes)
+        with self._on_disk():
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, header_of(manifest_bytes), 0)
+        self.begun = True
+        self._start(manifest_bytes)
+
+    def append(self, payload: Buffer) -> None:
+        """Add chunk `received`, checked before."""
+        offset = self.received * CHUNK_BYTES
+        with self._on_disk():
+            written = os.pwrite(self._descriptor, payload, self._payload_offset + offset)
+            if written != len(payload):
+                raise OSError(0, f"only {written} of {len(payload)} bytes were written")
+        self._digest.update(offset, payload)
+        self.received += 1
+
+    def catch_up(self) -> bool:
+        """Hash one slice of what is there and not hashed yet; return whether that is all."""
+        with self._on_disk():
+            return self._digest.advance(min(self.received * CHUNK_BYTES, self._payload_bytes))
+
+    def matches(self) -> bool:
+        """Whether the complete, hashed content is the model that is wanted."""
+        return self.complete and self._digest.digest() == self._wanted
+
+    async def publish(self) -> None:
+        """Make it durable, then give it its name."""
+        if self._payload_bytes <= SMALL_BYTES:
+            with self._on_disk():
+                os.fsync(self._descriptor)
+        else:
+            # The thread gets a descriptor of its own: a cancelled caller may close ours meanwhile.
+            await asyncio.to_thread(self._sync, os.dup(self._descriptor))
+        with self._on_disk():
+            os.replace(self._part, self._path)
+            self._sync(os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY))
+
+    def discard(self) -> None:
+        """Delete the part; nothing of it is used."""
+        self._part.unlink(missing_ok=True)
+
+    def _found(self) -> bytes | None:
+        """The manifest at the beginning of what is there, if there is one."""
+        prefix = os.pread(self._descriptor, _PREFIX.size, 0)
+        if len(prefix) < _PREFIX.size:
+            return None
+        length: int = _PREFIX.unpack(prefix)[2]
+        manifest_bytes = os.pread(self._descriptor, min(length, MANIFEST_BYTES_MAX), _PREFIX.size)
+        try:
+            parse_manifest(manifest_bytes)
+        except PeerError:
+            return None
+        header = header_of(manifest_bytes)
+        return manifest_bytes if os.pread(self._descriptor, len(header), 0) == header else None
+
+    def _start(self, manifest_bytes: bytes) -> None:
+        """Start from this manifest, with no chunk."""
+        self.manifest_bytes = manifest_bytes
+        self.received = 0
+        self._payload_offset: int = len(header_of(manifest_bytes))
+        self._payload_bytes: int = parse_manifest(manifest_bytes).payload_bytes
+        self.count: int = chunk_count(self._payload_bytes)
+        self._digest = RunningDigest(self._descriptor, manifest_bytes)
+
+    def _sync(self, descriptor: int) -> None:
+        try:
+            with self._on_disk():
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MachineError(f"{self._part}: {error.strerror}; make room or repair it") from None
