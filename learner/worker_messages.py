@@ -1,0 +1,111 @@
+"""What the daemon and its training process say to each other.
+
+Rule: frames are a u32 length and a pickle, at most FRAME_BYTES_MAX: both ends are one program of
+one user on one machine. Nothing of this ever comes from a network.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from metisfl.learner.trainer import Hyperparameters
+
+__all__ = [
+    "FRAME_BYTES_MAX",
+    "LENGTH",
+    "Cancel",
+    "Failure",
+    "Fault",
+    "Job",
+    "Progress",
+    "Ready",
+    "Result",
+    "Run",
+    "Start",
+    "pack",
+]
+
+FRAME_BYTES_MAX: Final = 1 << 20
+LENGTH: Final = struct.Struct("<I")
+
+Fault = Literal["user", "peer", "machine", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One task for the worker.
+
+    initialise writes the initial model to `update_path`; train reads `model_path` and writes the
+    update to `update_path`; evaluate reads `model_path` and, with `keep_folder`, saves it there.
+    """
+
+    kind: Literal["initialise", "train", "evaluate"]
+    seed: int = 0
+    model_path: Path | None = None
+    update_path: Path | None = None
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    keep_folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a job gave. `digest` is that of the file at `update_path`, empty for evaluate."""
+
+    digest: bytes = b""
+    examples: int = 0
+    batches: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    training_s: float = 0.0
+    """Wall time inside the trainer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    reason: str
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    fraction: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The application is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """First frame to the child: what to load."""
+
+    app: str
+    path: str | None
+    source: str
+    parent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    number: int
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop job `number`; no effect on another."""
+
+    number: int
+
+
+def pack(message: object) -> bytes:
+    """A message as a frame."""
+    body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    assert len(body) <= FRAME_BYTES_MAX, f"{type(message).__name__} of {len(body)} bytes"
+    return LENGTH.pack(len(body)) + body
