@@ -1,0 +1,112 @@
+"""The driver leaves nothing behind, however it ends, and says why when it must."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+FEDERATION = f"""
+[federation]
+name = "trouble"
+rounds = 100000
+[app]
+object = "trouble:Site"
+path = "{FOLDER}"
+[[learners]]
+name = "ada"
+data = "honest 1"
+[[learners]]
+name = "bob"
+data = "honest 2"
+"""
+
+
+def start(folder: Path, text: str) -> subprocess.Popen[str]:
+    (folder / "federation.toml").write_text(text)
+    command = [Path(sys.executable).with_name("metisfl"), "up", folder / "federation.toml"]
+    return subprocess.Popen(
+        [str(part) for part in [*command, "--run-folder", folder / "run"]],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def daemons_in(folder: Path) -> list[int]:
+    """Processes whose command line names `folder`; a daemon's training child does not."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(folder / "run").encode() in command and b"service" in command:
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(driver: subprocess.Popen[str], words: str) -> None:
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if words in line:
+            return
+    raise AssertionError(f"the driver ended without saying {words!r}")
+
+
+def wait_until_gone(folder: Path) -> None:
+    for pid in daemons_in(folder):
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            ended, _, _ = select.select([descriptor], [], [], 20)
+        finally:
+            os.close(descriptor)
+        assert ended, f"process {pid} outlived its driver by 20 s"
+
+
+def test_an_interrupted_run_ends_all_its_processes_and_says_where_its_files_are(
+    tmp_path: Path,
+) -> None:
+    driver = start(tmp_path, FEDERATION)
+    wait_for(driver, "round 2 of")
+    driver.send_signal(signal.SIGINT)
+    _, rest = driver.communicate(timeout=30)
+    assert driver.returncode == 130, rest
+    assert f"what the run has left is in {tmp_path / 'run'}" in rest
+    assert daemons_in(tmp_path) == []
+    for log in (tmp_path / "run" / "logs").iterdir():
+        assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_a_killed_driver_takes_its_processes_with_it(tmp_path: Path) -> None:
+    driver = start(tmp_path, FEDERATION)
+    wait_for(driver, "round 1 of")
+    assert len(daemons_in(tmp_path)) == 4
+    driver.kill()
+    driver.communicate()
+    wait_until_gone(tmp_path)
+
+
+def test_a_port_in_use_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        endpoint = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
+        driver = start(tmp_path, f'{FEDERATION}\n[broker]\ningress = "{endpoint}"\n')
+        _, rest = driver.communicate(timeout=30)
+    assert driver.returncode == 3
+    assert f"{endpoint} cannot be bound: Address already in use" in rest
+    assert daemons_in(tmp_path) == []
+
+
+def test_when_no_site_can_take_part_the_run_ends_at_once(tmp_path: Path) -> None:
+    driver = start(tmp_path, FEDERATION.replace("honest", "broken"))
+    _, rest = driver.communicate(timeout=30)
+    assert driver.returncode == 3
+    assert "FileNotFoundError: patients.csv" in rest
