@@ -134,6 +134,7 @@ class BrokerClient:
         self._live_patience = Patience(LIVE_SILENCE_S, LIVE_SILENCE_S, now)
         self._unanswered_since: float | None = now
         self._told = False
+        self._busy_reason = ""
         self._link = Link(
             ingress=ingress,
             live=live,
@@ -263,7 +264,7 @@ class BrokerClient:
                     lane.batch(reply)
                 return
             if isinstance(reply, frames.Busy):
-                log.warning("the broker is busy", reason=reply.reason, retry_ms=reply.retry_ms)
+                self._tell_busy(reply)
                 if reply.request:
                     for lane, _ in self._lanes.values():
                         lane.busy(reply, now)
@@ -395,6 +396,11 @@ class BrokerClient:
             log.error("event refused for good", **{k: getattr(rejected, k) for k in _TOLD})
             if self._on_reject is not None:
                 self._on_reject(rejected)
+
+    def _tell_busy(self, busy: frames.Busy) -> None:
+        if busy.reason != self._busy_reason:
+            self._busy_reason = busy.reason
+            log.warning("the broker is busy, trying again", reason=busy.reason)
 
     def _tell_silence(self, now: float) -> None:
         if self._window.welcomed:

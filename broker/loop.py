@@ -29,6 +29,7 @@ DRAIN_MESSAGES: Final = 512
 HEAD_GAP_S: Final = 0.02  # between heads sent for new subscriptions
 DAMAGE_RETRY_MS: Final = 5000
 LINES_PER_TICK: Final = 20
+CALM_S: Final = 1.0  # a disk at its limit takes one batch and refuses the next
 
 Sockets = zmq.Socket[bytes]
 log = structlog.get_logger()
@@ -55,6 +56,7 @@ class Loop:
         self._subscriptions = Subscriptions()
         self._reads: deque[Read] = deque()
         self._failing = False
+        self._failed_at = self._stored_at = 0.0
         self._head_due = False
         self._head_at = 0.0
         self._lines = 0
@@ -87,8 +89,12 @@ class Loop:
 
     def tick(self) -> None:
         """Tell subscribers how long the log is, and let cursors go to disk."""
-        self._send_head(time.monotonic())
+        now = time.monotonic()
+        self._send_head(now)
         self._sequencer.cursors_due()
+        if self._failing and self._failed_at + CALM_S < self._stored_at:
+            self._failing = False
+            log.info("events are stored again")
         if self._lines > LINES_PER_TICK:
             log.warning("more of the same was not logged", lines=self._lines - LINES_PER_TICK)
         self._lines = 0
@@ -150,9 +156,7 @@ class Loop:
     def _take_outcomes(self, now: float) -> None:
         for outcome in self._writer.outcomes():
             if outcome.failure is None:
-                if self._failing:
-                    log.info("events are stored again")
-                self._failing = False
+                self._stored_at = now
                 self._perform(self._dispatch.committed(outcome.batch))
                 self._publish(outcome.batch)
                 for refused in outcome.batch.refused:
@@ -162,7 +166,7 @@ class Loop:
             else:
                 if not self._failing:
                     log.error("events cannot be stored", reason=str(outcome.failure))
-                self._failing = True
+                self._failing, self._failed_at = True, now
                 self._perform(self._dispatch.failed(str(outcome.failure), now))
 
     # ---- Out ----------------------------------------------------------------------------

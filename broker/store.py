@@ -172,8 +172,8 @@ class Store:
             if self._writer.in_transaction:
                 execute("rollback")
             raise StorageFull(
-                f"{self.path}: a batch of {len(batch.appends)} events cannot be stored "
-                f"({error}); free space on that disk, the broker goes on by itself"
+                f"{self.path}: events cannot be stored ({error}); make room on that disk, the "
+                "broker goes on by itself"
             ) from error
         except sqlite3.DatabaseError as error:
             raise _explained(error, self.path) from error

@@ -35,6 +35,7 @@ class View:
     run_id: str
     rounds: int
     learners: Mapping[str, LearnerView]
+    started: bool = False  # the log has come to this run; what it holds before is of others
     round: int = 0
     closed: pb.RoundClosed | None = None
     evaluated: Mapping[str, Mapping[str, float]] = field(
@@ -49,6 +50,10 @@ class View:
 
     def after(self, message: Message) -> View:
         """Return the view after an event or a beat; what it does not show changes nothing."""
+        if isinstance(message, pb.RunStarted) and message.run_id == self.run_id:
+            return replace(self, started=True)
+        if not self.started and not isinstance(message, (pb.LearnerJoined, pb.LearnerLeft)):
+            return self
         if isinstance(message, pb.RoundOpened) and message.run_id == self.run_id:
             return replace(self, round=message.round)
         if isinstance(message, pb.RoundClosed) and message.run_id == self.run_id:
@@ -93,6 +98,8 @@ def _learner_after(learner: LearnerView, message: Message) -> LearnerView:
 
 def lines(before: View, message: Message) -> list[str]:
     """What to print for one event, which came when the view was `before`."""
+    if not before.started:
+        return []
     if isinstance(message, pb.LearnerJoined):
         return [f"{message.learner} has joined"]
     if isinstance(message, pb.LearnerLeft):

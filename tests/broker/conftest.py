@@ -1,58 +1,32 @@
-"""A federation's messaging on loopback: a home with keys, a real broker process, real clients."""
+"""Messaging on loopback: a home with keys, a real broker process, real clients, raw sockets."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import zmq
 
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox, Rejected
+from metisfl.deploy.curve import secure_client
 from metisfl.deploy.keys import Identity, add_peer, create_identity
+from metisfl.proto import frames
+from metisfl.proto.envelope import parse_envelope
+from metisfl.proto.events_pb2 import Hello, TaskFailed
 
-PATIENCE_S = 15.0  # never waited for in a test that passes
-
-
-class Site:
-    """One principal: its key, its database, its client."""
-
-    def __init__(self, home: Path, identity: Identity, broker: BrokerProcess) -> None:
-        self.identity = identity
-        self.principal = identity.principal
-        self._broker = broker
-        self.path = home / f"{identity.principal.replace(':', '-')}.db"
-        self.connection = sqlite3.connect(self.path, isolation_level=None)
-        self.connection.execute("pragma journal_mode = wal")
-        self.connection.execute("pragma synchronous = off")
-        self.outbox = Outbox(self.connection, identity.principal)
-        self.rejected: list[Rejected] = []
-
-    def client(self) -> BrokerClient:
-        return BrokerClient(
-            ingress=self._broker.ingress,
-            live=self._broker.live,
-            keys=self.keys(),
-            principal=self.principal,
-            outbox=self.outbox,
-            software="test",
-            on_reject=self.rejected.append,
-        )
-
-    def keys(self) -> ClientKeys:
-        server = self._broker.identity.public
-        return ClientKeys(self.identity.public, self.identity.secret, server)
+PATIENCE_S = 20.0  # never waited for in a test that passes
 
 
 class BrokerProcess:
-    """A broker in a process of its own, which can be killed and started again on its ports."""
+    """A broker in a process of its own, which can be ended and started again on its ports."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -61,43 +35,125 @@ class BrokerProcess:
         (self.keys / "peers").touch()
         self.ingress, self.live = free_endpoint(), free_endpoint()
         self.process: subprocess.Popen[bytes] | None = None
-        self._log = home / "broker.log"
+        self._said = home / "said"
 
-    def start(self, **options: object) -> BrokerProcess:
+    def start(self) -> BrokerProcess:
         """Start it and wait until it says that it is ready."""
-        with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as notified:
-            address = "\0metisfl-test-" + os.urandom(8).hex()
-            notified.bind(address)
-            notified.settimeout(PATIENCE_S)
-            with self._log.open("ab") as log:
-                self.process = subprocess.Popen(
-                    self.command(),
-                    stderr=log,
-                    env={**os.environ, "NOTIFY_SOCKET": "@" + address[1:]},
-                    **options,  # type: ignore[call-overload]
-                )
-            assert notified.recv(64) == b"READY=1", self.said()
+        with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as ready:
+            name = "metisfl-test-" + os.urandom(8).hex()
+            ready.bind(f"\0{name}")
+            ready.settimeout(PATIENCE_S)
+            environment = {**os.environ, "NOTIFY_SOCKET": f"@{name}"}
+            with self._said.open("ab") as said:
+                self.process = subprocess.Popen(self.command(), stderr=said, env=environment)
+            assert ready.recv(64) == b"READY=1", self.said()
         return self
 
     def command(self) -> list[str]:
         service = [sys.executable, "-I", "-m", "metisfl.broker.service"]
         return [*service, "--home", str(self.home), "--ingress", self.ingress, "--live", self.live]
 
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        """End it and return its exit code."""
-        assert self.process is not None
+    def end(self, number: int = signal.SIGKILL) -> int:
+        """Send it a signal, wait, and return its exit code."""
+        assert self.process is not None, "it does not run"
         self.process.send_signal(number)
         code = self.process.wait(PATIENCE_S)
         self.process = None
         return code
 
     def said(self) -> str:
-        return self._log.read_text()
+        return self._said.read_text()
 
-    def log(self) -> list[tuple[int, bytes]]:
-        """(sequence, envelope) of everything that is on disk."""
+    def log(self, federation: str) -> list[tuple[str, int]]:
+        """(publisher, its sequence) of all that is on disk in a federation, in order."""
         with closing(sqlite3.connect(self.home / "log" / "events.db")) as database:
-            return database.execute("select sequence, envelope from event order by 1").fetchall()
+            rows = database.execute(
+                "select envelope from event join federation on federation.id = event.federation"
+                " where federation.name = ? order by sequence",
+                (f"{federation}/",),
+            ).fetchall()
+        envelopes = [parse_envelope(row[0]) for row in rows]
+        return [(envelope.publisher, envelope.sequence) for envelope in envelopes]
+
+
+class Site:
+    """One principal: its key, its database, its clients."""
+
+    def __init__(self, folder: Path, identity: Identity, broker: BrokerProcess) -> None:
+        self.folder, self.identity, self.broker = folder, identity, broker
+        self.rejected: list[Rejected] = []
+        self.open(folder / "state.db")
+
+    def open(self, path: Path) -> None:
+        self.database = sqlite3.connect(path, isolation_level=None)
+        self.database.execute("pragma journal_mode = wal")
+        self.outbox = Outbox(self.database, self.identity.principal)
+
+    @property
+    def name(self) -> str:
+        return self.identity.principal.partition(":")[2]
+
+    def client(self) -> BrokerClient:
+        return BrokerClient(
+            ingress=self.broker.ingress,
+            live=self.broker.live,
+            keys=ClientKeys(
+                self.identity.public, self.identity.secret, self.broker.identity.public
+            ),
+            principal=self.identity.principal,
+            outbox=self.outbox,
+            software="test",
+            on_reject=self.rejected.append,
+        )
+
+    def accept(self, *topics: str, reason: str = "r") -> None:
+        """Commit one event for each topic to the outbox."""
+        with self.database:
+            self.database.execute("begin")
+            for topic in topics:
+                event = TaskFailed(task_id="t", learner="l1", reason=reason)
+                self.outbox.append(topic, event)
+
+    def raw(self, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+        """A bare socket with this site's key, connected."""
+        made = context.socket(kind)
+        secure_client(
+            made,
+            public=self.identity.public,
+            secret=self.identity.secret,
+            server_public=self.broker.identity.public,
+        )
+        made.rcvtimeo = int(PATIENCE_S * 1000)
+        made.connect(self.broker.live if kind == zmq.SUB else self.broker.ingress)
+        return made
+
+    def greeted(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+        """A bare DEALER that the broker has welcomed."""
+        dealer = self.raw(context, zmq.DEALER)
+        hello = Hello(protocol=1, software="raw", epoch=self.outbox.epoch)
+        dealer.send_multipart(frames.pack_hello(hello))
+        assert dealer.recv_multipart()[0] == frames.WELCOME
+        return dealer
+
+
+class Sites:
+    """Makes sites whose keys a broker knows."""
+
+    def __init__(self, folder: Path, broker: BrokerProcess) -> None:
+        self._folder, self._broker = folder, broker
+        self._made: list[Site] = []
+
+    def __call__(self, principal: str, *, known: bool = True) -> Site:
+        folder = self._folder / principal.replace(":", "-")
+        identity = create_identity(folder, principal)
+        if known:
+            add_peer(self._broker.keys, principal, identity.public)
+        self._made.append(Site(folder, identity, self._broker))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for site in self._made:
+            site.database.close()
 
 
 def free_endpoint() -> str:
@@ -107,29 +163,56 @@ def free_endpoint() -> str:
 
 
 @pytest.fixture
-def stopped_broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    """A broker of this test's own, not started yet: first make the sites."""
     (tmp_path / "broker").mkdir()
-    process = BrokerProcess(tmp_path / "broker")
-    yield process
-    if process.process is not None:
-        process.kill()
+    broker = BrokerProcess(tmp_path / "broker")
+    yield broker
+    if broker.process is not None:
+        broker.end()
 
 
 @pytest.fixture
-def sites(tmp_path: Path, stopped_broker: BrokerProcess) -> Iterator[Callable[[str], Site]]:
-    """Make known principals; call it before the broker starts."""
-    made: list[Site] = []
-
-    def make(principal: str) -> Site:
-        identity = create_identity(tmp_path / principal.replace(":", "-"), principal)
-        add_peer(stopped_broker.keys, principal, identity.public)
-        made.append(Site(tmp_path, identity, stopped_broker))
-        return made[-1]
-
-    yield make
-    for site in made:
-        site.connection.close()
+def site(tmp_path: Path, broker: BrokerProcess) -> Iterator[Sites]:
+    """Makes sites of `broker`."""
+    sites = Sites(tmp_path, broker)
+    yield sites
+    sites.close()
 
 
-def within(seconds: float, work: asyncio.Future[object] | object) -> object:
-    return asyncio.wait_for(work, seconds)  # type: ignore[arg-type]
+class Shared:
+    """A running broker for all tests of a file; each takes sites and a federation of its own."""
+
+    def __init__(self, broker: BrokerProcess, learners: list[Site], controller: Site) -> None:
+        self.broker, self.controller = broker, controller
+        self._learners = learners
+        self._federations = 0
+
+    def learner(self) -> Site:
+        return self._learners.pop()
+
+    def federation(self) -> str:
+        self._federations += 1
+        return f"f{self._federations}"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "broker").mkdir()
+    broker = BrokerProcess(folder / "broker")
+    sites = Sites(folder, broker)
+    learners = [sites(f"learner:l{number}") for number in range(24)]
+    controller = sites("controller")
+    broker.start()
+    yield Shared(broker, learners, controller)
+    sites.close()
+    if broker.process is not None:
+        broker.end()
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)

@@ -9,7 +9,8 @@ from google.protobuf.message import Message
 from metisfl.deploy.view import LearnerView, View, lines, readable_bytes, shown_metric
 from metisfl.proto import events_pb2 as pb
 
-START = View("r", 3, MappingProxyType({"ada": LearnerView(), "bob": LearnerView()}))
+ASKED = View("r", 3, MappingProxyType({"ada": LearnerView(), "bob": LearnerView()}))
+START = ASKED.after(pb.RunStarted(run_id="r"))
 
 
 def seen(*messages: Message) -> tuple[View, list[str]]:
@@ -73,6 +74,20 @@ def test_another_run_and_strangers_change_nothing() -> None:
     view, printed = seen(other, pb.LearnerJoined(learner="mallory"), scored("mallory", 1.0, 9))
     assert view == START
     assert printed == ["mallory has joined"]
+
+
+def test_what_the_log_holds_of_earlier_runs_is_not_told() -> None:
+    view = ASKED
+    for message in (
+        pb.LearnerJoined(learner="ada"),
+        pb.RunStarted(run_id="earlier"),
+        pb.TaskFailed(task_id="t", learner="ada", reason="long ago"),
+        pb.RunFinished(run_id="earlier"),
+    ):
+        assert lines(view, message) == []
+        view = view.after(message)
+    assert (view.started, view.finished) == (False, None)
+    assert view.learners["ada"].state == "joined", "who is there is known"
 
 
 def test_sizes_are_for_people() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metisfl.learner.app import check_data
+from metisfl.learner.app import check_data, prepare_environment
 from metisfl.learner.trainer import Hyperparameters, TrainResult
 from metisfl.proto.errors import UserError
 from metisfl.proto.model_file import open_model, write_model
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module", autouse=True)
 def _framework() -> None:
     global keras, KerasTrainer
+    prepare_environment()  # TensorFlow reads it when it is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's import uses what Python deprecates
         import keras as framework

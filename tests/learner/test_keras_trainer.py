@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metisfl.learner.app import Split, check_data
+from metisfl.learner.app import Split, check_data, prepare_environment
 from metisfl.learner.trainer import Hyperparameters, TaskCancelled, TrainResult, derive_seed
 from metisfl.proto.errors import UserError
 from metisfl.proto.tensors import Tensor, manifest_of
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module", autouse=True)
 def _framework() -> None:
     global keras, KerasTrainer
+    prepare_environment()  # TensorFlow reads it when it is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's import uses what Python deprecates
         import keras as framework
@@ -121,17 +123,20 @@ def test_a_task_gives_the_same_bits_whatever_ran_before(trainer: Any) -> None:
     assert one_task(trainer) == first, "in the first one, after a second one was made"
 
 
-def test_a_task_gives_the_same_bits_in_a_new_process(trainer: Any) -> None:
-    script = (
-        "import importlib.util, sys; "
-        f"spec = importlib.util.spec_from_file_location('there', {__file__!r}); "
-        "there = importlib.util.module_from_spec(spec); spec.loader.exec_module(there); "
-        "import keras; from metisfl.learner.keras_trainer import KerasTrainer; "
-        "there.keras = keras; "
-        "print(there.one_task(KerasTrainer(there.Stateful(), there.data())))"
-    )
+def test_a_task_gives_the_same_bits_in_a_new_process_with_one_core(trainer: Any) -> None:
+    script = f"""
+import importlib.util, os
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+spec = importlib.util.spec_from_file_location("there", {__file__!r})
+there = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(there)
+from metisfl.learner.keras_trainer import KerasTrainer, keras
+there.keras = keras
+print(there.one_task(KerasTrainer(there.Stateful(), there.data())))
+"""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
     fresh = subprocess.run(
-        [sys.executable, "-I", "-c", script], stdout=subprocess.PIPE, check=True, text=True
+        [sys.executable, "-I", "-c", script], stdout=subprocess.PIPE, check=True, text=True, env=own
     )
     assert fresh.stdout.strip() == one_task(trainer)
 
