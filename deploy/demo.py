@@ -107,8 +107,8 @@ async def _train_alone(federation: Federation) -> dict[str, float]:
 def _as_json(outcome: Outcome, alone: Mapping[str, float], seconds: float) -> dict[str, Any]:
     return {
         "rounds": outcome.rounds,
-        "accuracy": outcome.metrics["test.accuracy"],
-        "alone": dict(alone),
+        "accuracy": round(outcome.metrics["test.accuracy"], 6),
+        "alone": {name: round(accuracy, 6) for name, accuracy in alone.items()},
         "seconds": round(seconds, 3),
         "model": str(outcome.model),
     }
