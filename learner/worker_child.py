@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import itertools
 import math
 import os
@@ -227,6 +228,8 @@ def main(descriptor: int) -> None:
     """Serve the parent at the other end of the socket `descriptor` until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     os.dup2(2, 1)  # what an app prints is no answer of the daemon's
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
     channel = _Channel(socket.socket(fileno=descriptor))
     start = channel.first()
     _die_with(start.parent)

@@ -1,8 +1,9 @@
 """`metisfl bench fold`: what a fold costs here, next to the memory's limit and to NumPy.
 
-Rule: what is compared is measured in the same run, on the same arrays, in turns; a ratio is taken
-within each turn and the median is reported, so that a machine that slows down or is shared slows
-both sides. If one bit of the sum differs from NumPy's, there is nothing to measure.
+Rule: what is compared is measured in the same run, on the same arrays, in turns and in changing
+order; a ratio is taken within each turn and the median is reported, so that a machine that slows
+down or is shared slows both sides. If one bit of the sum differs from NumPy's, there is nothing
+to measure.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from metisfl import native_c
 __all__ = ["FoldFigures", "command", "measure"]
 
 SCHEMES = ("plain",)
-TURNS = 7
+TURNS = 9
 PARAMS_MAX = 2**32
 LEARNERS_MAX = 10_000
 QUIET_S = 2.0
@@ -119,7 +121,9 @@ def measure(scheme: str, params: int, learners: int) -> FoldFigures:
         for turn in range(TURNS):
             if time.monotonic() - started_s > QUIET_S:
                 print(f"turn {turn + 1} of {TURNS}", file=sys.stderr)
-            turns.append({name: _time_ns(case) / params / learners for name, case in cases.items()})
+            # In another order each time: what ran before decides what the caches still hold.
+            order = random.Random(turn).sample(sorted(cases), len(cases))
+            turns.append({name: _time_ns(cases[name]) / (params * learners) for name in order})
     times = {name: median(turn[name] for turn in turns) for name in cases}
     return FoldFigures(
         scheme=scheme,
