@@ -277,6 +277,8 @@ class BrokerClient:
             elif isinstance(reply, Welcome):
                 self._welcomed(reply)
             self._outbox.acknowledge(self._window.acked)
+            if self._window.acked == self._window.last:
+                self._busy_reason = ""
 
     def _on_live(self, parts: list[bytes]) -> None:
         with self._watch:

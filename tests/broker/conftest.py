@@ -114,9 +114,9 @@ class Site:
                 event = TaskFailed(task_id="t", learner="l1", reason=reason)
                 self.outbox.append(topic, event)
 
-    def raw(self, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    def raw(self, sockets: Sockets, kind: int) -> zmq.Socket[bytes]:
         """A bare socket with this site's key, connected."""
-        made = context.socket(kind)
+        made = sockets.socket(kind)
         secure_client(
             made,
             public=self.identity.public,
@@ -127,9 +127,9 @@ class Site:
         made.connect(self.broker.live if kind == zmq.SUB else self.broker.ingress)
         return made
 
-    def greeted(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    def greeted(self, sockets: Sockets) -> zmq.Socket[bytes]:
         """A bare DEALER that the broker has welcomed."""
-        dealer = self.raw(context, zmq.DEALER)
+        dealer = self.raw(sockets, zmq.DEALER)
         hello = Hello(protocol=1, software="raw", epoch=self.outbox.epoch)
         dealer.send_multipart(frames.pack_hello(hello))
         assert dealer.recv_multipart()[0] == frames.WELCOME
@@ -211,8 +211,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         broker.end()
 
 
+class Sockets:
+    """Makes bare sockets and closes them all at the end."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._made: list[zmq.Socket[bytes]] = []
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        self._made.append(self._context.socket(kind))
+        self._made[-1].linger = 0
+        return self._made[-1]
+
+    def close(self) -> None:
+        for made in self._made:
+            made.close()
+        self._context.term()
+
+
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    yield context
-    context.destroy(linger=0)
+def sockets() -> Iterator[Sockets]:
+    sockets = Sockets()
+    yield sockets
+    sockets.close()

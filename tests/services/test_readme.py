@@ -138,4 +138,9 @@ def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
     for site in ("biscoe", "dream", "torgersen"):
         assert list((tmp_path / site / "final").rglob("model.keras")), f"{site} has no model"
     assert shell.codes() == [None] * 5, "daemons outlive a run"
+    again = shell.run(commands("On different machines")[-1])
+    assert again.count("built the initial model") == 1, "another run begins anew"
+    assert all(
+        len(list((tmp_path / site / "final").iterdir())) == 2 for site in ("dream", "biscoe")
+    )
     assert "secret" not in "".join(commands("On different machines"))
