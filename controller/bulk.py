@@ -108,6 +108,7 @@ class BulkEndpoint:
         except MachineError:
             self._release()
             raise
+        self.finished.set_running_or_notify_cancel()  # so that no waiter can cancel it
         self._thread.start()
 
     def close(self) -> None:

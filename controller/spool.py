@@ -20,7 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from metisfl.controller.store import RESERVE_BYTES, check_space, sync_folder
+from metisfl.controller.store import RESERVE_BYTES, check_space
 from metisfl.native_c import first_non_finite
 from metisfl.proto.bulk import Code
 from metisfl.proto.chunk import (
@@ -33,7 +33,7 @@ from metisfl.proto.chunk import (
 )
 from metisfl.proto.digest import RunningDigest
 from metisfl.proto.errors import MachineError, PeerError
-from metisfl.proto.model_file import ModelFile, header_of, open_model
+from metisfl.proto.model_file import ModelFile, header_of, open_model, sync_folder
 from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import ITEM_BYTES, segments, serialise_manifest
 

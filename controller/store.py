@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from metisfl.proto.errors import MachineError
-from metisfl.proto.model_file import DIGEST_BYTES, ModelFile, open_model
+from metisfl.proto.model_file import DIGEST_BYTES, ModelFile, open_model, sync_folder
 
-__all__ = ["RESERVE_BYTES", "ModelStore", "check_space", "sync_folder"]
+__all__ = ["RESERVE_BYTES", "ModelStore", "check_space"]
 
 RESERVE_BYTES: Final = 64 << 20
 
@@ -76,12 +76,14 @@ class ModelStore:
         """Take over the model file `draft` (on the same file system) and return its digest.
 
         With `digest`, which a writer such as `write_model` has just returned, the content is not
-        read again. Raises MachineError for what is no model file or cannot be made durable.
+        read and synced again. Raises MachineError for what is no model file or cannot be made
+        durable.
         """
         with open_model(draft) as model:
-            digest = model.digest() if digest is None else digest
             try:
-                os.fsync(model.fileno())
+                if digest is None:
+                    digest = model.digest()
+                    os.fsync(model.fileno())
                 os.replace(draft, self.path(digest))
                 sync_folder(self.folder)
             except OSError as error:
@@ -128,15 +130,6 @@ class ModelStore:
         for digest in surplus:
             self.delete(digest)
         return surplus
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_space(folder: Path, needed_bytes: int, reserve_bytes: int) -> None:

@@ -6,14 +6,12 @@ Whether it is the right model is for the digest of all of it to say; only then d
 
 from __future__ import annotations
 
-import asyncio
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final
 
 from metisfl.proto.chunk import CHUNK_BYTES, Buffer, chunk_count
 from metisfl.proto.digest import RunningDigest
@@ -23,8 +21,6 @@ from metisfl.proto.tensors import MANIFEST_BYTES_MAX, parse_manifest
 
 __all__ = ["PartFile"]
 
-SMALL_BYTES: Final = 1 << 20
-"""Up to here an fsync is shorter than the way to another thread and back."""
 _PREFIX = struct.Struct("<8sII")  # magic, version, manifest length
 
 
@@ -101,17 +97,10 @@ class PartFile:
         """Whether the complete, hashed content is the model that is wanted."""
         return self.complete and self._digest.digest() == self._wanted
 
-    async def publish(self) -> None:
-        """Make it durable, then give it its name."""
-        if self._payload_bytes <= SMALL_BYTES:
-            with self._on_disk():
-                os.fsync(self._descriptor)
-        else:
-            # The thread gets a descriptor of its own: a cancelled caller may close ours meanwhile.
-            await asyncio.to_thread(self._sync, os.dup(self._descriptor))
+    def publish(self) -> None:
+        """Give it its name. It is a copy of what the controller has, so it is not synced."""
         with self._on_disk():
             os.replace(self._part, self._path)
-            self._sync(os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY))
 
     def discard(self) -> None:
         """Delete the part; nothing of it is used."""
@@ -139,13 +128,6 @@ class PartFile:
         self._payload_bytes: int = parse_manifest(manifest_bytes).payload_bytes
         self.count: int = chunk_count(self._payload_bytes)
         self._digest = RunningDigest(self._descriptor, manifest_bytes)
-
-    def _sync(self, descriptor: int) -> None:
-        try:
-            with self._on_disk():
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:

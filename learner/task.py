@@ -28,6 +28,7 @@ __all__ = [
     "Fetch",
     "Fetched",
     "Job",
+    "Lost",
     "Outcome",
     "Report",
     "RoundOver",
@@ -140,7 +141,14 @@ class Failed:
     reason: str
 
 
-Event = Assigned | Cancelled | RoundOver | RunOver | Fetched | Done | Uploaded | Failed
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The update is not on disk any more, as after a power cut: it is made again."""
+
+    task_id: str
+
+
+Event = Assigned | Cancelled | RoundOver | RunOver | Fetched | Done | Uploaded | Failed | Lost
 
 
 # ---- Effects: what to do about it ------------------------------------------------
@@ -209,6 +217,9 @@ def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
     if isinstance(event, Uploaded) and job.stage is Stage.UPLOADING:
         assert job.outcome is not None
         return _report(tasks, job, _completed(tasks, job, job.outcome))
+    if isinstance(event, Lost) and job.stage is Stage.UPLOADING:
+        again = replace(job, stage=_first_stage(job.assigned), outcome=None)
+        return _put(tasks, again), _begin(again)
     return tasks, ()
 
 
@@ -275,9 +286,12 @@ def _advance(tasks: Tasks) -> tuple[Tasks, tuple[Effect, ...]]:
     job = next((job for job in tasks.jobs.values() if job.stage is Stage.QUEUED), None)
     if job is None:
         return tasks, ()
-    stage = Stage.FETCHING if job.assigned.model_digest else Stage.WORKING
-    started = replace(job, stage=stage)
+    started = replace(job, stage=_first_stage(job.assigned))
     return _put(tasks, started), _begin(started)
+
+
+def _first_stage(task: pb.TaskAssigned) -> Stage:
+    return Stage.FETCHING if task.model_digest else Stage.WORKING
 
 
 def _begin(job: Job) -> tuple[Effect, ...]:

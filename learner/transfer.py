@@ -105,7 +105,7 @@ class BulkClient:
                 while not part.catch_up():
                     await asyncio.sleep(0)
                 if part.matches():
-                    await part.publish()
+                    part.publish()
                     return
                 part.discard()
         raise DownloadRefused(

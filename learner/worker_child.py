@@ -23,11 +23,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from metisfl.learner.app import app_code, load_app, trainer_for
 from metisfl.learner.trainer import TaskCancelled, Trainer
 from metisfl.learner.worker_messages import (
+    DURABLE_S,
     LENGTH,
     Cancel,
     Failure,
@@ -41,7 +43,7 @@ from metisfl.learner.worker_messages import (
     pack,
 )
 from metisfl.proto.errors import MachineError, PeerError, UserError
-from metisfl.proto.model_file import open_model, write_model
+from metisfl.proto.model_file import open_model, sync_folder, write_model
 from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import Tensor, compare_manifests, manifest_of
 
@@ -139,7 +141,7 @@ class _Jobs:
         with app_code("the initial model could not be built"):
             tensors = self._trainer.initialise(job.seed)
         training_s = time.perf_counter() - started_s
-        return Result(write_model(job.update_path, tensors), training_s=training_s)
+        return Result(_write(job.update_path, tensors, training_s), training_s=training_s)
 
     def _train(self, job: Job, tensors: Sequence[Tensor]) -> Result:
         assert job.update_path is not None
@@ -158,7 +160,7 @@ class _Jobs:
         if difference:
             raise UserError(f"training changed the model's form: {difference}")
         metrics = _checked(trained.metrics)
-        digest = write_model(job.update_path, trained.tensors)
+        digest = _write(job.update_path, trained.tensors, training_s)
         return Result(digest, trained.examples, trained.batches, metrics, training_s)
 
     def _evaluate(self, job: Job, tensors: Sequence[Tensor]) -> Result:
@@ -179,6 +181,15 @@ class _Jobs:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             some = dict(itertools.islice(finite.items(), METRICS_MAX))
             self._channel.send(Progress(min(1.0, max(0.0, fraction)), some))
+
+
+def _write(path: Path, tensors: Sequence[Tensor], work_s: float) -> bytes:
+    """Write an update and return its digest; on disk for good if it took long to make."""
+    durable = work_s >= DURABLE_S
+    digest = write_model(path, tensors, sync=durable)
+    if durable:
+        sync_folder(path.parent)
+    return digest
 
 
 def _checked(metrics: Mapping[str, float]) -> dict[str, float]:

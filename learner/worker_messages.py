@@ -16,6 +16,7 @@ from typing import Final, Literal
 from metisfl.learner.trainer import Hyperparameters
 
 __all__ = [
+    "DURABLE_S",
     "FRAME_BYTES_MAX",
     "LENGTH",
     "Cancel",
@@ -32,6 +33,8 @@ __all__ = [
 
 FRAME_BYTES_MAX: Final = 1 << 20
 LENGTH: Final = struct.Struct("<I")
+DURABLE_S: Final = 1.0
+"""Work that took as long outlives a power cut; what took less is sooner done again than synced."""
 
 Fault = Literal["user", "peer", "machine", "cancelled"]
 

@@ -2,9 +2,9 @@
 
     b"METISMDL" | u32 version | u32 manifest length | manifest | zeros to 4096 | payload
 
-Rule: a model file appears under its name only when it is complete and on disk; it is never changed
-afterwards. Its digest is SHA-256 over the manifest's length (u32), the manifest and the payload.
-All integers are little-endian. Reading maps the file: memory does not grow with the model.
+Rule: a model file appears under its name only when its content is complete; it is never changed
+afterwards. Its digest is SHA-256 over the manifest's length (u32), the manifest and the
+payload. All integers are little-endian. Reading maps the file: memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ from metisfl.proto.tensors import (
     serialise_manifest,
 )
 
-__all__ = ["DIGEST_BYTES", "ModelFile", "ModelWriter", "header_of", "open_model", "write_model"]
+__all__ = [
+    "DIGEST_BYTES",
+    "ModelFile",
+    "ModelWriter",
+    "header_of",
+    "open_model",
+    "sync_folder",
+    "write_model",
+]
 
 DIGEST_BYTES: Final = 32
 MAGIC: Final = b"METISMDL"
@@ -39,6 +47,15 @@ PAGE_BYTES: Final = 4096
 READ_BYTES: Final = 1 << 20
 _PREFIX: Final = struct.Struct("<8sII")
 _LENGTH: Final = struct.Struct("<I")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def header_of(manifest_bytes: bytes) -> bytes:
@@ -92,23 +109,24 @@ class ModelWriter:
         self._digest.update(view)
         self._file.write(view)
 
-    def commit(self) -> bytes:
-        """Make the file durable under its name and return its digest (32 bytes)."""
+    def commit(self, *, sync: bool = True) -> bytes:
+        """Give the complete content its name and return its digest (32 bytes).
+
+        With `sync` the content is on disk first; that its name is, too, takes a `sync_folder`.
+        """
         assert self._missing == 0, f"{self._missing} bytes of the payload are missing"
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if sync:
+            os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._partial, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
         return self._digest.digest()
 
 
-def write_model(path: Path, tensors: Sequence[Tensor]) -> bytes:
-    """Write `tensors` to `path`, atomically and durably, and return the digest (32 bytes).
+def write_model(path: Path, tensors: Sequence[Tensor], *, sync: bool = True) -> bytes:
+    """Write `tensors` to `path`, atomically, and return the digest (32 bytes).
+
+    With `sync` the content is on disk before it has its name.
 
     Raises UserError for tensors that cannot travel (see `manifest_of`) and OSError.
     """
@@ -121,7 +139,7 @@ def write_model(path: Path, tensors: Sequence[Tensor]) -> bytes:
             # As raw bytes: neither bfloat16 nor an empty array exports a buffer that can be cast.
             writer.append(values.reshape(-1).view("u1").data if values.size else b"")
             end = spec.offset + values.nbytes
-        return writer.commit()
+        return writer.commit(sync=sync)
 
 
 class ModelFile:

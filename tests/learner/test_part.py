@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from pathlib import Path
@@ -39,7 +38,7 @@ def finish(part: PartFile) -> bool:
         pass
     if not part.matches():
         return False
-    asyncio.run(part.publish())
+    part.publish()
     return True
 
 

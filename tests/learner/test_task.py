@@ -84,6 +84,16 @@ def test_a_restarted_learner_sends_a_trained_update_and_does_not_train_again() -
     assert t.resume(tasks) == ()
 
 
+def test_an_update_that_a_power_cut_took_is_made_again() -> None:
+    tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
+    tasks, _ = t.handle(tasks, t.Fetched("r.1.train"))
+    tasks, _ = t.handle(tasks, t.Done("r.1.train", outcome(pb.TRAIN)))
+    tasks, effects = t.handle(tasks, t.Lost("r.1.train"))
+    tasks.validate()
+    assert effects == (t.Fetch(assigned(1)),)
+    assert t.handle(tasks, t.Lost("r.1.train")) == (tasks, ()), "once"
+
+
 def test_another_learners_task_is_not_taken() -> None:
     assert t.handle(t.Tasks("ada"), t.Assigned(assigned(1, learner="bob"))) == (t.Tasks("ada"), ())
 
@@ -96,7 +106,18 @@ def test_every_history_reports_each_task_once_or_its_round_is_over(seed: int) ->
     accepted: set[str] = set()
     gone: set[str] = set()
     reported: list[str] = []
-    moves = ["assign", "assign", "repeat", "answer", "answer", "answer", "fail", "over", "stop"]
+    moves = [
+        "assign",
+        "assign",
+        "repeat",
+        "answer",
+        "answer",
+        "answer",
+        "fail",
+        "over",
+        "stop",
+        "lost",
+    ]
     for _ in range(60):
         move = rng.choice(moves)
         event: t.Event | None = None
@@ -114,6 +135,11 @@ def test_every_history_reports_each_task_once_or_its_round_is_over(seed: int) ->
             event = t.Failed(pending.pop(rng.randrange(len(pending))).task.task_id, "x")
         elif move == "over":
             event = t.RoundOver("r", max(last_round - rng.randrange(3), 0))
+        elif move == "lost":
+            uploads = [effect for effect in pending if isinstance(effect, t.Upload)]
+            if uploads:
+                pending.remove(uploads[0])
+                event = t.Lost(uploads[0].task.task_id)
         elif move == "stop":
             event = t.Cancelled(f"r.{last_round}.train")
         if event is None:
