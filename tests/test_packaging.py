@@ -85,6 +85,14 @@ def test_the_wheel_holds_every_module(wheel: set[str]) -> None:
     assert {"metisfl/__init__.py", "metisfl/py.typed"} <= wheel
 
 
+def test_the_wheel_holds_the_examples_that_the_demo_writes_out(wheel: set[str]) -> None:
+    folder = "metisfl/deploy/examples"
+    for name in ("heart_disease/hearts.py", "heart_disease/federation.toml"):
+        assert f"{folder}/{name}" in wheel
+    assert f"{folder}/heart_disease/heart_disease_uci.csv" in wheel
+    assert f"{folder}/penguins/penguins.csv" in wheel
+
+
 def test_the_wheel_holds_no_sources_of_the_build(wheel: set[str]) -> None:
     sources = {name for name in wheel if name.endswith((".c", ".h", ".txt", ".pyc"))}
     assert {name for name in sources if ".dist-info/" not in name} == set()
