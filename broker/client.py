@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from google.protobuf.message import Message
 
-from metisfl.broker.feed import Batch, Feed, Record, opened
-from metisfl.broker.lane import Lane
-from metisfl.broker.link import ClientKeys, Link
+from metisfl.broker.feed import Batch, Feed, Readers, Record
+from metisfl.broker.link import ClientKeys, Guard, Link
 from metisfl.broker.outbox import Outbox
 from metisfl.broker.window import WINDOW_EVENTS, EventRejected, HelloWanted, Patience, Window
 from metisfl.proto import frames
@@ -45,8 +43,6 @@ __all__ = [
 
 log = structlog.get_logger()
 
-BEATS_WAITING_MAX: Final = 1024
-SUBSCRIPTIONS_MAX: Final = 16
 TICK_S: Final = 0.1
 TIDY_TICKS: Final = 10
 LIVE_SILENCE_S: Final = 5.0  # the broker sends a head every second
@@ -65,27 +61,6 @@ class Rejected:
 
 
 _TOLD: Final = ("sequence", "topic", "type", "correlation_id", "reason")
-
-
-class _Watch:
-    """`with watch:` around what the loop calls: an error ends the client, never only a log line."""
-
-    def __init__(self, fail: Callable[[BaseException], None]) -> None:
-        self._fail = fail
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if isinstance(error, Exception):
-            self._fail(error)
-            return True
-        return False
 
 
 class BrokerClient:
@@ -114,15 +89,13 @@ class BrokerClient:
         self._ingress, self._principal, self._software = ingress, principal, software
         self._outbox = outbox
         self._on_reject = on_reject
-        self._lanes: dict[str, tuple[Lane, Feed[Batch]]] = {}
-        self._beats: dict[str, tuple[deque[Beat], Feed[Beat]]] = {}
+        self._readers = Readers(on_taken=self._ask)
         self._reported: dict[str, int] = {}
         self._drained: list[tuple[int, asyncio.Future[None]]] = []
         self._failure: BaseException | None = None
-        self._request = 0
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._watch = _Watch(self._fail)
+        self._guard = Guard(self._fail)
         now = time.monotonic()
         self._window = Window(
             principal=principal,
@@ -142,6 +115,7 @@ class BrokerClient:
             on_reply=self._on_reply,
             on_live=self._on_live,
             on_settled=self._settle,
+            guard=self._guard,
         )
 
     async def __aenter__(self) -> BrokerClient:
@@ -160,7 +134,7 @@ class BrokerClient:
         """Close the sockets. What is not acknowledged stays in the outbox for the next time."""
         if self._failure is None:
             self._outbox.tidy()
-            self._end(StopAsyncIteration())
+            self._end(ValueError("the client is closed"), StopAsyncIteration())
 
     @property
     def connected(self) -> bool:
@@ -173,8 +147,9 @@ class BrokerClient:
         if self._outbox.in_transaction:
             raise ValueError("flush comes after the commit, not before it")
         self._window.appended(self._outbox.last(), time.monotonic())
-        with self._watch:
+        with self._guard:
             self._pump(time.monotonic())
+        self._raise_failure()
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until everything that is in the outbox now is acknowledged.
@@ -212,12 +187,8 @@ class BrokerClient:
         a name that is no lane, or one that is read already.
         """
         self._raise_failure()
-        if lane in self._lanes:
-            raise ValueError(f"lane {lane!r} has a reader already")
-        state = Lane(lane, self._outbox.cursor(lane))
-        feed: Feed[Batch] = Feed(lambda: self._take(state))
-        self._subscribe(lane)
-        self._lanes[lane] = (state, feed)
+        feed = self._readers.read_lane(lane, self._outbox.cursor(lane))
+        self._link.subscribe(lane.encode())
         return feed
 
     def beats(self, prefix: str) -> Feed[Beat]:
@@ -227,12 +198,8 @@ class BrokerClient:
         slow the oldest of 1024 makes room.
         """
         self._raise_failure()
-        if not prefix.endswith("/") or prefix in self._beats:
-            raise ValueError(f"{prefix!r} does not end in '/' or has a reader already")
-        waiting: deque[Beat] = deque(maxlen=BEATS_WAITING_MAX)
-        feed: Feed[Beat] = Feed(lambda: waiting.popleft() if waiting else None)
-        self._subscribe(prefix)
-        self._beats[prefix] = (waiting, feed)
+        feed = self._readers.read_beats(prefix)
+        self._link.subscribe(prefix.encode())
         return feed
 
     def beat(self, topic: str, event: Message) -> None:
@@ -252,73 +219,54 @@ class BrokerClient:
     # ---- What arrives ------------------------------------------------------------------
 
     def _on_reply(self, parts: list[bytes]) -> None:
-        with self._watch:
-            now = time.monotonic()
-            try:
-                reply = frames.parse_reply(parts)
-            except PeerError as error:
-                log.warning("message of the broker ignored", error=str(error))
+        now = time.monotonic()
+        try:
+            reply = frames.parse_reply(parts)
+        except PeerError as error:
+            log.warning("message of the broker ignored", error=str(error))
+            return
+        if isinstance(reply, frames.FetchedBatch):
+            self._readers.fetched(reply, now)
+            return
+        if isinstance(reply, frames.Busy):
+            self._tell_busy(reply)
+            if reply.request:
+                self._readers.fetched(reply, now)
                 return
-            if isinstance(reply, frames.FetchedBatch):
-                for lane, _ in self._lanes.values():
-                    lane.batch(reply)
-                return
-            if isinstance(reply, frames.Busy):
-                self._tell_busy(reply)
-                if reply.request:
-                    for lane, _ in self._lanes.values():
-                        lane.busy(reply, now)
-                    return
-            effect = self._window.handle(reply, now)
-            if isinstance(effect, HelloWanted):
-                self._say_hello()
-            elif isinstance(effect, EventRejected):
-                self._tell_rejected(effect)
-            elif isinstance(reply, Welcome):
-                self._welcomed(reply)
-            self._outbox.acknowledge(self._window.acked)
-            if self._window.acked == self._window.last:
-                self._busy_reason = ""
+        effect = self._window.handle(reply, now)
+        if isinstance(effect, HelloWanted):
+            self._say_hello()
+        elif isinstance(effect, EventRejected):
+            self._tell_rejected(effect)
+        elif isinstance(reply, Welcome):
+            self._welcomed(reply)
+        self._outbox.acknowledge(self._window.acked)
+        if self._window.acked == self._window.last:
+            self._busy_reason = ""
 
     def _on_live(self, parts: list[bytes]) -> None:
-        with self._watch:
-            now = time.monotonic()
-            self._live_patience.heard(now)
-            try:
-                item = frames.parse_live(parts)
-            except PeerError as error:
-                log.warning("live message ignored", error=str(error))
-                return
-            if isinstance(item, frames.RawRecord):
-                topic = item.topic.decode()
-                for name in (topic, topic[: topic.find("/") + 1]):
-                    if name in self._lanes:
-                        self._lanes[name][0].live(item)
-            elif isinstance(item, Beat):
-                for prefix, (waiting, feed) in self._beats.items():
-                    if item.topic.startswith(prefix):
-                        waiting.append(item)
-                        feed.wake()
-            else:
-                for lane, _ in self._lanes.values():
-                    lane.head(item, now)
+        now = time.monotonic()
+        self._live_patience.heard(now)
+        try:
+            item = frames.parse_live(parts)
+        except PeerError as error:
+            log.warning("live message ignored", error=str(error))
+            return
+        self._readers.live(item, now)
 
     def _settle(self) -> None:
         """After messages came: send what may go, ask for what is missing, wake who waits."""
-        with self._watch:
-            now = time.monotonic()
-            self._pump(now)
-            for lane, feed in self._lanes.values():
-                self._ask(lane, now)
-                if lane.news:
-                    feed.wake()
-            for target, waiter in self._drained:
-                if self._window.acked >= target and not waiter.done():
-                    waiter.set_result(None)
-            self._drained = [entry for entry in self._drained if not entry[1].done()]
+        now = time.monotonic()
+        self._pump(now)
+        self._ask()
+        self._readers.wake()
+        for target, waiter in self._drained:
+            if self._window.acked >= target and not waiter.done():
+                waiter.set_result(None)
+        self._drained = [entry for entry in self._drained if not entry[1].done()]
 
     def _tick(self) -> None:
-        with self._watch:
+        with self._guard:
             now = time.monotonic()
             if self._window.must_reopen(now) or self._live_patience.ended(now):
                 self._link.reopen()
@@ -329,7 +277,7 @@ class BrokerClient:
             if self._ticks % TIDY_TICKS == 0 and not self._outbox.in_transaction:
                 self._outbox.tidy()
                 self._report_cursors()
-        self._settle()
+            self._settle()
         if self._failure is None:
             self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
@@ -345,18 +293,10 @@ class BrokerClient:
                 return
             self._window.was_sent(sequence)
 
-    def _ask(self, lane: Lane, now: float) -> None:
-        if self._window.welcomed and (fetch := lane.wanted(now, self._request + 1)):
-            self._request = (self._request + 1) % 2**31
-            self._link.send(*frames.pack_fetch(fetch))
-
-    def _take(self, lane: Lane) -> Batch | None:
-        if not lane.news:
-            return None
-        raw, through = lane.take()
-        self._ask(lane, time.monotonic())
-        caught_up = lane.caught_up and not lane.ready
-        return Batch(tuple(opened(record) for record in raw), through, caught_up)
+    def _ask(self) -> None:
+        if self._window.welcomed:
+            for fetch in self._readers.wanted(time.monotonic()):
+                self._link.send(*frames.pack_fetch(fetch))
 
     def _say_hello(self) -> None:
         hello = Hello(
@@ -369,21 +309,15 @@ class BrokerClient:
             log.info("the broker answers", endpoint=self._ingress, software=welcome.software)
         self._unanswered_since, self._told = None, False
         self._reported.clear()
-        for lane, _ in self._lanes.values():
-            lane.welcomed()
+        self._readers.welcomed()
 
     def _report_cursors(self) -> None:
         """Tell the broker how far each lane is applied; it is for its operator's eyes only."""
-        for name in self._lanes:
+        for name in self._readers.lanes:
             cursor = self._outbox.cursor(name)
             if self._window.welcomed and cursor != self._reported.get(name, 0):
                 self._link.send(*frames.pack_cursor(frames.CursorReport(cursor, name)))
                 self._reported[name] = cursor
-
-    def _subscribe(self, prefix: str) -> None:
-        if len({*self._lanes, *self._beats, prefix}) >= SUBSCRIPTIONS_MAX:
-            raise ValueError(f"at most {SUBSCRIPTIONS_MAX - 1} lanes and beat prefixes a client")
-        self._link.subscribe(prefix.encode())
 
     # ---- What goes wrong ----------------------------------------------------------------------
 
@@ -419,21 +353,17 @@ class BrokerClient:
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
-            self._failure = error
-            self._end(error)
+            self._end(error, error)
 
-    def _end(self, error: BaseException) -> None:
-        self._failure = error
+    def _end(self, failure: BaseException, told_readers: BaseException) -> None:
+        self._failure = failure
         if self._timer is not None:
             self._timer.cancel()
         self._link.close()
-        feeds: list[Feed[Any]] = [feed for _, feed in self._lanes.values()]
-        feeds.extend(feed for _, feed in self._beats.values())
-        for feed in feeds:
-            feed.end(error)
+        self._readers.end(told_readers)
         for _, waiter in self._drained:
             if not waiter.done():
-                waiter.set_exception(error)
+                waiter.set_exception(failure)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -140,6 +140,7 @@ class Dispatch:
         self._sessions: dict[bytes, _Session] = {}
         self._of: dict[str, deque[bytes]] = {}  # principal -> its connections, oldest first
         self._speaking: dict[str, _Session] = {}  # publisher -> the connection it last used
+        self._listed: frozenset[str] | None = None
         self._blocked_until = float("-inf")
         self._blocked_reason = ""
 
@@ -148,8 +149,12 @@ class Dispatch:
     def knows(self, peer: bytes) -> bool:
         return peer in self._sessions
 
+    def allows(self, principal: str) -> bool:
+        """False for who was let in once and is not listed any more."""
+        return self._listed is None or principal in self._listed
+
     def connect(self, peer: bytes, principal: str, now: float) -> None:
-        """A new connection of an authenticated principal; its oldest of more than 8 is dropped."""
+        """A new connection of a principal that is allowed; of more than 8 the oldest is dropped."""
         peers = self._of.setdefault(principal, deque())
         if len(peers) >= SESSIONS_MAX:
             del self._sessions[peers.popleft()]
@@ -157,7 +162,8 @@ class Dispatch:
         self._sessions[peer] = _Session(peer, self.sequencer.publisher(principal), now)
 
     def keep_only(self, principals: Set[str]) -> None:
-        """Drop the connections of everybody else."""
+        """Take nothing from anybody else from now on."""
+        self._listed = frozenset(principals)
         for principal in [name for name in self._of if name not in principals]:
             for peer in self._of.pop(principal):
                 del self._sessions[peer]

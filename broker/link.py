@@ -11,13 +11,14 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final
 
 import zmq
 
 from metisfl.proto.frames import MESSAGE_BYTES_MAX
 
-__all__ = ["ClientKeys", "Link"]
+__all__ = ["ClientKeys", "Guard", "Link"]
 
 DRAIN_MESSAGES: Final = 512
 RECEIVE_HWM: Final = 2000
@@ -35,6 +36,27 @@ class ClientKeys:
     server: bytes
 
 
+class Guard:
+    """`with guard:` around what the loop calls: an error ends the client and is not only logged."""
+
+    def __init__(self, fail: Callable[[BaseException], None]) -> None:
+        self._fail = fail
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, Exception):
+            self._fail(error)
+            return True
+        return False
+
+
 class Link:
     """Opened inside a running loop. `on_reply` and `on_live` get the parts of each message,
     `on_settled` follows whenever messages came or the sockets may have become writable."""
@@ -48,9 +70,11 @@ class Link:
         on_reply: Callable[[list[bytes]], None],
         on_live: Callable[[list[bytes]], None],
         on_settled: Callable[[], None],
+        guard: Guard,
     ) -> None:
         self._ingress, self._live, self._keys = ingress, live, keys
         self._on_reply, self._on_live, self._on_settled = on_reply, on_live, on_settled
+        self._guard = guard
         self._subscriptions: list[bytes] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -105,13 +129,14 @@ class Link:
 
     def _ready(self) -> None:
         self._again = None
-        more = self._drain(self._dealer, self._on_reply)
-        more = self._drain(self._sub, self._on_live) or more
-        if self._dealer is None:
-            return  # a handler closed us
-        self._on_settled()
-        if more:
-            self._look_again()
+        with self._guard:
+            more = self._drain(self._dealer, self._on_reply)
+            more = self._drain(self._sub, self._on_live) or more
+            if self._dealer is None:
+                return  # a handler closed us
+            self._on_settled()
+            if more:
+                self._look_again()
 
     def _drain(
         self, socket: zmq.Socket[bytes] | None, handle: Callable[[list[bytes]], None]

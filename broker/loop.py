@@ -72,7 +72,11 @@ class Loop:
         if self._reading is self._sequencer.full:
             self._reading = not self._reading
             self._poller.modify(self._ingress, zmq.POLLIN if self._reading else 0)
-        ready = dict(self._poller.poll(0 if self._reads else timeout_ms))
+        if self._reads:
+            timeout_ms = 0
+        elif self._head_due:
+            timeout_ms = min(timeout_ms, int(HEAD_GAP_S * 1000))
+        ready = dict(self._poller.poll(timeout_ms))
         now = time.monotonic()
         if self._writer.signal in ready:
             self._take_outcomes(now)
@@ -120,7 +124,11 @@ class Loop:
             else:
                 frame = ingress.recv(copy=False)
                 parts = self._rest(frame.bytes)
-                dispatch.connect(peer, str(frame.get("User-Id")), now)
+                principal = str(frame.get("User-Id"))
+                if not dispatch.allows(principal):
+                    self._complain("message refused", principal, "is not listed any more")
+                    continue
+                dispatch.connect(peer, principal, now)
             if effects := dispatch.handle(peer, parts, now):
                 self._perform(effects)
 
@@ -144,7 +152,10 @@ class Loop:
             kind, prefix = message[:1], message[1:]
             if kind == b"\x01":
                 principal = str(frame.get("User-Id"))
-                if refusal := self._subscriptions.subscribe(principal, prefix):
+                refusal = self._subscriptions.subscribe(principal, prefix)
+                if not self._dispatch.allows(principal):
+                    refusal = "is not listed any more"
+                if refusal:
                     self._complain("subscription refused", principal, refusal)
                 else:
                     self._live.setsockopt(zmq.SUBSCRIBE, prefix)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from contextlib import suppress
 from typing import Final
 
 from google.protobuf.message import Message
@@ -29,11 +30,11 @@ OUTBOX_EVENTS_MAX: Final = 1_000_000
 _TABLES: Final = (
     """create table if not exists outbox_epoch (
         one integer primary key check (one = 1), publisher text not null, epoch integer not null,
-        acked integer not null) strict""",
+        acked integer not null)""",
     """create table if not exists outbox (
-        sequence integer primary key, crc blob not null, envelope blob not null) strict""",
+        sequence integer primary key, crc blob not null, envelope blob not null)""",
     """create table if not exists lane_cursor (
-        lane text primary key, sequence integer not null) strict""",
+        lane text primary key, sequence integer not null)""",
 )
 _NEXT: Final = (
     "select 1 + max(acked, coalesce((select max(sequence) from outbox), 0)), acked"
@@ -130,10 +131,10 @@ class Outbox:
         self._acked = sequence
 
     def tidy(self) -> None:
-        """Delete acknowledged rows now, in a transaction of its own."""
+        """Delete acknowledged rows now, in a transaction of its own; not now if that fails."""
         if self._acked == self._deleted or self._connection.in_transaction:
             return
-        with self._connection:
+        with suppress(sqlite3.OperationalError), self._connection:
             if self._connection.isolation_level is None:
                 self._connection.execute("begin immediate")
             self._delete()

@@ -7,12 +7,13 @@ READY comes after a random key was refused and the end of the log was found whol
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO, cast
 
 import structlog
 import zmq
@@ -162,6 +163,25 @@ class _Peers:
         return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
+class _Stderr(io.TextIOBase):
+    """Standard error for the log: what cannot be written is dropped.
+
+    It may be a file on the same full disk as the events, and that must not end the broker.
+    """
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+
 class _RefusedKeys:
     """Each unknown key is logged once, however often it knocks."""
 
@@ -240,7 +260,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _main(options: argparse.Namespace, stop: run.PollableStop) -> int:
-    logs.configure(NAME)
+    logs.configure(NAME, stream=cast(TextIO, _Stderr()))
     if options.check:
         return _check(Path(options.home))
     serve(Path(options.home), options.ingress, options.live, stop)

@@ -25,6 +25,7 @@ from metisfl.proto.errors import MachineError
 __all__ = ["DamagedLog", "StorageFull", "Store", "Stored"]
 
 SCHEMA_VERSION: Final = 1
+PAGE_BYTES: Final = 8192
 BUSY_MS: Final = 5000
 WAL_LIMIT_BYTES: Final = 64 * 1024 * 1024
 REFUSED_KEPT: Final = 10_000
@@ -32,24 +33,24 @@ REFUSED_BYTES: Final = 4096  # kept of each refused envelope
 ROWS_AT_ONCE: Final = (256, 64, 16, 4, 1)
 
 _SCHEMA: Final = """
-create table federation (id integer primary key, name text not null unique) strict;
+create table federation (id integer primary key, name text not null unique);
 create table topic (
     id integer primary key, name text not null unique,
-    federation integer not null references federation) strict;
+    federation integer not null references federation);
 create table event (
     sequence integer primary key, topic integer not null, federation integer not null,
     previous_in_topic integer not null, previous_in_federation integer not null,
-    logged_unix_ns integer not null, crc integer not null, envelope blob not null) strict;
+    logged_unix_ns integer not null, crc integer not null, envelope blob not null);
 create index event_topic on event (topic);
 create index event_federation on event (federation);
 create table publisher (
-    name text primary key, epoch integer not null, sequence integer not null) strict;
+    name text primary key, epoch integer not null, sequence integer not null);
 create table cursor (
     reader text not null, lane text not null, sequence integer not null,
-    primary key (reader, lane)) strict, without rowid;
+    primary key (reader, lane)) without rowid;
 create table refused (
     id integer primary key, publisher text not null, epoch integer not null,
-    sequence integer not null, reason text not null, envelope blob not null) strict;
+    sequence integer not null, reason text not null, envelope blob not null);
 """
 _UPSERT_WATERMARK: Final = (
     "on conflict (name) do update set epoch = excluded.epoch, sequence = excluded.sequence"
@@ -115,7 +116,7 @@ class Store:
             self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000
         )
         self._connections.append(connection)
-        connection.execute("pragma page_size = 8192")
+        connection.execute(f"pragma page_size = {PAGE_BYTES}")
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = full")
         connection.execute("pragma wal_autocheckpoint = 0")
@@ -177,6 +178,10 @@ class Store:
             ) from error
         except sqlite3.DatabaseError as error:
             raise _explained(error, self.path) from error
+
+    def checkpoint(self) -> tuple[int, int]:
+        """Move the write-ahead log into the database, in the writer's thread; see `checkpoint`."""
+        return checkpoint(self._writer)
 
     def read_lane(
         self,
@@ -295,6 +300,19 @@ class Store:
             f"{self.path} is damaged: {what}. Restore it from a copy; `metisfl-broker --check` "
             "tells whether a log is whole"
         )
+
+
+def checkpoint(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Move the write-ahead log into the database as far as possible beside a writer.
+
+    Returns how many pages the log holds and how many of them were moved; (0, 0) when it could not
+    be tried now.
+    """
+    try:
+        busy, pages, moved = connection.execute("pragma wal_checkpoint(passive)").fetchone()
+    except sqlite3.OperationalError:
+        return 0, 0  # no room: the log keeps what it holds
+    return (0, 0) if busy else (pages, moved)
 
 
 @lru_cache(maxsize=64)

@@ -7,16 +7,15 @@ generation behind it are dropped unseen, because they were numbered as if it had
 from __future__ import annotations
 
 import queue
-import sqlite3
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
 from metisfl.broker.sequencer import Batch
-from metisfl.broker.store import WAL_LIMIT_BYTES, Store
+from metisfl.broker.store import PAGE_BYTES, WAL_LIMIT_BYTES, Store, checkpoint
 from metisfl.proto.errors import MachineError
 
 __all__ = ["Outcome", "Writer"]
@@ -89,12 +88,15 @@ class Writer:
                 failure: MachineError | None = None
                 try:
                     self._store.append(batch)
-                    self._checkpointer.wrote(batch)
                 except MachineError as error:
                     failure = error
                     failed_generation = batch.generation
                 self._outcomes.append(Outcome(batch, failure))
                 self._signaller.send(b"")
+                self._checkpointer.wrote(batch)
+                if self._checkpointer.log_is_long:
+                    pages, moved = self._store.checkpoint()
+                    self._checkpointer.log_is_long = moved < pages
         finally:
             self._signaller.send(b"")  # also when a defect ends this thread: somebody must look
             self._signaller.close(linger=-1)
@@ -104,7 +106,8 @@ class _Checkpointer:
     """Moves what the write-ahead log holds into the database, beside the writer.
 
     The log is used from its start again when all of it was moved while nobody wrote. Under a load
-    that never pauses that moment is made: once the log is over its limit, with the writer waiting.
+    that never pauses there is no such moment, so the writer makes one when the log is long: it
+    moves the rest itself, between two batches.
     """
 
     def __init__(self, store: Store) -> None:
@@ -113,6 +116,7 @@ class _Checkpointer:
         self._unmoved_bytes = 0
         self._busy = False
         self._closing = False
+        self.log_is_long = False
         self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
         self._thread.start()
 
@@ -141,22 +145,8 @@ class _Checkpointer:
                 if self._unmoved_bytes < (1 if idle else CHECKPOINT_BYTES):
                     continue
                 self._unmoved_bytes = 0
-            self._checkpoint()
-        self._pragma("truncate")
-
-    def _checkpoint(self) -> None:
-        _, frames, moved = self._pragma("passive")
-        if frames * 8192 > WAL_LIMIT_BYTES and moved < frames:
-            self._pragma("restart")
-
-    def _pragma(self, mode: str) -> tuple[Any, ...]:
-        try:
-            found: tuple[Any, ...] = self._connection.execute(
-                f"pragma wal_checkpoint({mode})"
-            ).fetchone()
-        except sqlite3.OperationalError:
-            return (1, 0, 0)  # no room: the write-ahead log keeps what it holds, try again later
-        return found
+            pages, _ = checkpoint(self._connection)
+            self.log_is_long = pages * PAGE_BYTES > WAL_LIMIT_BYTES
 
 
 def _pair(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:

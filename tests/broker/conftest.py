@@ -16,11 +16,13 @@ import pytest
 import zmq
 
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox, Rejected
+from metisfl.broker.dispatch import Dispatch, Reply
+from metisfl.broker.sequencer import Append, Batch, Recovered
 from metisfl.deploy.curve import secure_client
 from metisfl.deploy.keys import Identity, add_peer, create_identity
 from metisfl.proto import frames
 from metisfl.proto.envelope import parse_envelope
-from metisfl.proto.events_pb2 import Hello, TaskFailed
+from metisfl.proto.events_pb2 import Envelope, Hello, TaskFailed
 
 PATIENCE_S = 20.0  # never waited for in a test that passes
 
@@ -234,3 +236,81 @@ def sockets() -> Iterator[Sockets]:
     sockets = Sockets()
     yield sockets
     sockets.close()
+
+
+class Desk:
+    """A dispatch with its disk: batches are committed on demand, answers come by principal."""
+
+    def __init__(self, recovered: Recovered | None = None) -> None:
+        self.dispatch = Dispatch(recovered or Recovered(), incarnation=9, software="broker")
+        self.log: list[Append] = []
+        self.now = 100.0
+
+    @staticmethod
+    def envelope(publisher: str, epoch: int, sequence: int, **fields: object) -> bytes:
+        """An event as its publisher would send it, but for `fields`."""
+        name = publisher.partition(":")[2]
+        good: dict[str, object] = {
+            "version": 1,
+            "event_id": bytes(16),
+            "topic": f"f/done/{name}/" if name else "f/task/l1/",
+            "publisher": publisher,
+            "epoch": epoch,
+            "sequence": sequence,
+            "type": "TaskFailed",
+            "payload": f"{publisher} {epoch} {sequence}".encode(),
+        }
+        return Envelope(**{**good, **fields}).SerializeToString()  # type: ignore[arg-type]
+
+    @staticmethod
+    def message(envelope: bytes) -> list[bytes]:
+        return [frames.PUBLISH, frames.pack_crc(envelope), envelope]
+
+    def hello(self, principal: str, epoch: int = 1, peer: bytes = b"") -> list[frames.Reply]:
+        peer = peer or principal.encode()
+        if not self.dispatch.knows(peer):
+            self.dispatch.connect(peer, principal, self.now)
+        hello = Hello(protocol=frames.PROTOCOL, software="test", epoch=epoch)
+        return self.send(peer, frames.pack_hello(hello))
+
+    def send(self, peer: str | bytes, parts: list[bytes]) -> list[frames.Reply]:
+        peer = peer.encode() if isinstance(peer, str) else peer
+        effects = self.dispatch.handle(peer, parts, self.now)
+        assert all(isinstance(e, Reply) and e.peer == peer for e in effects), effects
+        return [effect.message for effect in effects if isinstance(effect, Reply)]
+
+    def publish(self, principal: str, *sequences: int, epoch: int = 1) -> list[frames.Reply]:
+        return [
+            reply
+            for sequence in sequences
+            for reply in self.send(
+                principal, self.message(self.envelope(principal, epoch, sequence))
+            )
+        ]
+
+    def commit(self) -> list[frames.Reply]:
+        """Seal, store, and return what the publishers are told."""
+        batch = self.dispatch.sequencer.seal(1)
+        return self.committed(batch) if batch else []
+
+    def committed(self, batch: Batch) -> list[frames.Reply]:
+        self.log.extend(batch.appends)
+        return [e.message for e in self.dispatch.committed(batch) if isinstance(e, Reply)]
+
+    @property
+    def stored(self) -> list[bytes]:
+        return [Envelope.FromString(place.envelope).payload for place in self.log]
+
+
+@pytest.fixture
+def desks() -> type[Desk]:
+    return Desk
+
+
+@pytest.fixture
+def desk() -> Desk:
+    """One that two learners and the controller have greeted."""
+    desk = Desk()
+    for principal in ("learner:l1", "learner:l2", "controller"):
+        desk.hello(principal)
+    return desk

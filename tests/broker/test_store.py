@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 from metisfl.broker import store as module
+from metisfl.broker import writer as writer_module
 from metisfl.broker.sequencer import Append, Batch, Recovered, Refused
 from metisfl.broker.store import DamagedLog, StorageFull, Store, Stored
 from metisfl.broker.writer import Outcome, Writer
@@ -329,4 +330,17 @@ def test_the_writer_finishes_what_it_was_given(store: Store, writer: Writer) -> 
     writer.close()
     assert len(writer.outcomes()) == 3
     assert store.check() == 300
-    assert not (store.folder / "events.db-wal").stat().st_size, "all of it is in the database"
+
+
+def test_the_write_ahead_log_stays_bounded_under_a_load_without_a_pause(
+    store: Store, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "CHECKPOINT_BYTES", 100_000)
+    monkeypatch.setattr(writer_module, "WAL_LIMIT_BYTES", 1_000_000)
+    made = events(20_000)
+    for number in range(200):
+        writer.submit(batch(made[100 * number : 100 * number + 100], number=number))
+    outcomes(writer, 200)
+    size = (store.folder / "events.db-wal").stat().st_size
+    assert 0 < size < 5_000_000, "200 batches of 10 pages and more, and none was let go"
+    assert store.check() == 20_000
