@@ -7,13 +7,12 @@ READY comes after a random key was refused and the end of the log was found whol
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, TextIO, cast
+from typing import Final
 
 import structlog
 import zmq
@@ -80,9 +79,8 @@ def serve(home: Path, ingress: str, live: str, stop: run.PollableStop) -> None:
         ):
             stack.callback(socket.close, linger=0)
             bound.append(_bind(socket, endpoint, flag))
-        # The live socket answers to the same authenticator under the same options; the probe, a
-        # DEALER, could not tell a refused key there from a refused socket type.
-        self_test(context, bound[0], identity.public, SELF_TEST_S)
+        for endpoint, socket_type in zip(bound, (zmq.DEALER, zmq.SUB), strict=True):
+            self_test(context, endpoint, identity.public, SELF_TEST_S, socket_type)
         authenticator.take_refusals()
         writer = Writer(store, context)
         stack.callback(writer.close)
@@ -163,25 +161,6 @@ class _Peers:
         return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-class _Stderr(io.TextIOBase):
-    """Standard error for the log: what cannot be written is dropped.
-
-    It may be a file on the same full disk as the events, and that must not end the broker.
-    """
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        return sys.stderr.isatty()
-
-
 class _RefusedKeys:
     """Each unknown key is logged once, however often it knocks."""
 
@@ -260,7 +239,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _main(options: argparse.Namespace, stop: run.PollableStop) -> int:
-    logs.configure(NAME, stream=cast(TextIO, _Stderr()))
+    logs.configure(NAME)
     if options.check:
         return _check(Path(options.home))
     serve(Path(options.home), options.ingress, options.live, stop)

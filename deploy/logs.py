@@ -6,10 +6,12 @@ says `structlog.get_logger()`; libraries that use `logging` come out in the same
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
@@ -36,14 +38,14 @@ def configure(name: str, *, level: str = "info", stream: TextIO | None = None) -
     wanted = os.environ.get(LEVEL_VARIABLE) or level
     if wanted not in LEVELS:
         raise UserError(f"log level {wanted!r}: use {', '.join(LEVELS)}")
-    output = sys.stderr if stream is None else stream
+    output = _Unfailing(sys.stderr if stream is None else stream)
     shared = _shared_processors(name)
     final = _final_processors(terminal=output.isatty())
 
     structlog.configure(
         processors=[*shared, *final],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[wanted]),
-        logger_factory=structlog.WriteLoggerFactory(file=output),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, output)),
         cache_logger_on_first_use=False,  # a later configure, as in tests, holds for all loggers
     )
 
@@ -60,6 +62,28 @@ def configure(name: str, *, level: str = "info", stream: TextIO | None = None) -
         root.removeHandler(previous)
     root.addHandler(handler)
     root.setLevel(LEVELS[wanted])
+
+
+class _Unfailing(io.TextIOBase):
+    """A stream for the log: what cannot be written is dropped.
+
+    It may be a file on a full disk, and that must not end a daemon.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 def bind(
