@@ -33,7 +33,7 @@ from typing import Final
 
 from metisfl.proto.chunk import (
     CHUNK_BYTES,
-    NO_DIGEST,
+    HEADER_BYTES,
     SHORT_DIGEST_BYTES,
     Buffer,
     ChunkHeader,
@@ -284,7 +284,7 @@ _SHAPES: Final[Mapping[bytes, Shape]] = MappingProxyType(
         b"G": ("GET", 2, _GET.size, _get),
         b"R": ("CREDIT", 2, _CREDIT.size, _credit),
         b"M": ("MODEL", 3, _MODEL.size, _model),
-        b"C": ("CHUNK", 3, 96, _chunk),
+        b"C": ("CHUNK", 3, HEADER_BYTES, _chunk),
         b"S": ("STORED", 2, _STORED.size, _stored),
         b"X": ("REFUSED", 3, _REFUSED.size, _refused),
     }
@@ -323,6 +323,3 @@ def _text(name: str, field: str, part: Buffer, bytes_max: int) -> str:
         return bytes(part).decode()
     except UnicodeDecodeError as error:
         raise PeerError(f"{name}: {field} is not UTF-8 ({error.reason})") from None
-
-
-assert len(NO_DIGEST) == SHORT_DIGEST_BYTES

@@ -6,18 +6,15 @@ back slice by slice, so nobody waits for a big file.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
 from typing import Final
 
 from metisfl.proto.errors import MachineError
-from metisfl.proto.model_file import header_of
+from metisfl.proto.model_file import content_hash, header_of
 
 __all__ = ["RunningDigest"]
 
 SLICE_BYTES: Final = 1 << 20
-_LENGTH: Final = struct.Struct("<I")
 
 
 class RunningDigest:
@@ -30,7 +27,7 @@ class RunningDigest:
         self.bytes_done = 0
         self._descriptor = descriptor
         self._payload_offset = len(header_of(manifest_bytes))
-        self._hash = hashlib.sha256(_LENGTH.pack(len(manifest_bytes)) + manifest_bytes)
+        self._hash = content_hash(manifest_bytes)
 
     def update(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Take payload bytes that are at hand, if they are the next ones."""

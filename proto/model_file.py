@@ -34,6 +34,7 @@ __all__ = [
     "DIGEST_BYTES",
     "ModelFile",
     "ModelWriter",
+    "content_hash",
     "header_of",
     "open_model",
     "sync_folder",
@@ -68,7 +69,8 @@ def header_of(manifest_bytes: bytes) -> bytes:
     )
 
 
-def _digest_of(manifest_bytes: bytes) -> hashlib._Hash:
+def content_hash(manifest_bytes: bytes) -> hashlib._Hash:
+    """The hash of a model's content, which the payload is yet to be added to."""
     return hashlib.sha256(_LENGTH.pack(len(manifest_bytes)) + manifest_bytes)
 
 
@@ -83,7 +85,7 @@ class ModelWriter:
     def __init__(self, path: Path, manifest_bytes: bytes) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._digest = _digest_of(manifest_bytes)
+        self._digest = content_hash(manifest_bytes)
         self._missing = parse_manifest(manifest_bytes).payload_bytes
         self._file = open(self._partial, "wb", buffering=READ_BYTES)  # noqa: SIM115
         self._file.write(header_of(manifest_bytes))
@@ -200,7 +202,7 @@ class ModelFile:
 
     def digest(self) -> bytes:
         """SHA-256 of the content (32 bytes); reads the whole file."""
-        digest = _digest_of(self.manifest_bytes)
+        digest = content_hash(self.manifest_bytes)
         buffer = bytearray(min(READ_BYTES, self.payload_bytes))
         for offset in range(0, self.payload_bytes, READ_BYTES):
             count = self.read_payload_into(buffer, offset)

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from metisfl.controller.downloads import ABANDONED_S, DOWNLOADS_PER_PEER, Downloads
+from metisfl.controller.downloads import (
+    ABANDONED_S,
+    CHUNKS_PER_TURN,
+    DOWNLOADS_PER_PEER,
+    Downloads,
+)
 from metisfl.controller.store import ModelStore
 from metisfl.native_c import crc32c
 from metisfl.proto.bulk import Chunk, Code, Credit, Frame, Get, Model, Refused, model_subject
@@ -114,6 +119,12 @@ def test_downloads_take_turns_chunk_by_chunk(counter: Desk) -> None:
     counter.sent.clear()
     counter.work()
     assert [route for route, _ in counter.sent] == [b"a", b"b", b"c"] * 4
+
+
+def test_one_turn_is_short_so_that_uploads_get_theirs(counter: Desk) -> None:
+    counter.get(counter.put(WINDOW_CHUNKS))
+    assert counter.downloads.work(0.0) == 0.0, "there is more to send"
+    assert len(counter.chunks()) == CHUNKS_PER_TURN < WINDOW_CHUNKS
 
 
 def test_a_peer_that_takes_nothing_does_not_hold_up_the_others(counter: Desk) -> None:

@@ -197,23 +197,27 @@ def test_a_killed_process_loses_at_most_what_followed_the_last_sync(
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1), st.integers(0, module.NOTE_BYTES - 1))
-def test_a_torn_note_leaves_the_other_one(
-    tmp_path_factory: pytest.TempPathFactory, slot: int, place: int
+@given(st.integers(1, 3), st.booleans(), st.integers(0, 59))
+def test_the_newer_note_counts_and_a_torn_one_leaves_the_other(
+    tmp_path_factory: pytest.TempPathFactory, notes: int, torn: bool, place: int
 ) -> None:
     folder = tmp_path_factory.mktemp("torn")
-    with random_model(folder / "m.model", 2.5) as model:
+    with random_model(folder / "m.model", 3.5) as model:
         spool = Spool(folder / "spool")
         staged = spool.begin("t", model.digest(), model.manifest)
-        for until in (1, 2):
+        for until in range(1, notes + 1):
             feed(staged, model, until=until)
             staged.note()
         staged.close()
-        with open(staged.path, "r+b") as part:
-            part.seek(staged.file_bytes + slot * module.NOTE_BYTES)
-            part.write(bytes([255]) * (place + 1))
+        newest = (notes - 1) % 2
+        if torn:
+            with open(staged.path, "r+b") as part:
+                part.seek(staged.file_bytes + newest * module.NOTE_BYTES + place)
+                byte = part.read(1)[0]
+                part.seek(-1, os.SEEK_CUR)
+                part.write(bytes([byte ^ 1]))
         again = spool.begin("t", model.digest(), model.manifest)
-        assert again.received == (2 if slot == 0 else 1)
+        assert again.received == (notes - 1 if torn else notes)
         again.discard()
 
 
@@ -273,6 +277,16 @@ def test_the_reserve_of_the_disk_is_not_touched(tmp_path: Path, model: ModelFile
     spool = Spool(tmp_path / "spool", reserve_bytes=1 << 60)
     with pytest.raises(MachineError, match="stay in reserve"):
         spool.begin("t", model.digest(), model.manifest)
+
+
+def test_an_update_larger_than_any_may_be_is_refused(tmp_path: Path, model: ModelFile) -> None:
+    spool = Spool(tmp_path / "spool", update_bytes_max=1000)
+    with pytest.raises(
+        UpdateRejected, match="655360 bytes; this controller takes up to 1000"
+    ) as no:
+        spool.begin("t", model.digest(), model.manifest)
+    assert no.value.code is Code.TOO_LARGE
+    assert list(spool.folder.iterdir()) == []
 
 
 LIMITED = """

@@ -147,13 +147,13 @@ def test_a_connection_is_used_again_and_transfers_may_overlap(
     async def work(client: BulkClient) -> None:
         for number in range(3):
             await client.download(digest, tmp_path / f"got-{number}")
-        assert len(made) == 1
+        assert len(made) == 1, "each download made a connection"
         await asyncio.gather(
-            client.upload("t", tmp_path / "update"),
+            client.upload("t", tmp_path / "update", digest=digest),
             client.download(digest, tmp_path / "got"),
-            client.upload("u", tmp_path / "update"),
+            client.upload("u", tmp_path / "update", digest=digest),
         )
-        assert len(made) == 3
+        assert len(made) == 3, "two transfers shared a connection"
 
     run(site, work)
     assert sorted(task for task, _, _ in site.stored) == ["t", "u"]
