@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
+from typing import Final
 
 from google.protobuf.message import Message
 
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.events import PAYLOAD_BYTES_MAX, REASON_CHARACTERS_MAX, may_send
 
 __all__ = ["Logged", "Phase", "Run", "Status", "Task", "apply", "present"]
+
+PRIVACY_MODES: Final = ("plain",)
 
 
 class Phase(Enum):
@@ -82,7 +86,7 @@ class Run:
     plan: pb.RunStarted | None = None
     asking: frozenset[str] = frozenset()  # joined, not yet admitted
     members: frozenset[str] = frozenset()
-    absent: frozenset[str] = frozenset()  # left, or did not join within the lease
+    absent: Mapping[str, str] = MappingProxyType({})  # left or did not join in time: why, by name
     round: int = 0
     model_digest: bytes = b""
     tasks: Mapping[str, Task] = MappingProxyType({})  # of this phase, by task id
@@ -92,10 +96,12 @@ class Run:
     closed_ns: int = 0
     closed: pb.RoundClosed | None = None
     finished: pb.RunFinished | None = None
+    refused: Mapping[str, str] = MappingProxyType({})  # runs asked for in vain, not told yet: why
 
     def validate(self) -> None:
         """Assert what holds between any two events."""
         assert self.members.isdisjoint(self.asking)
+        assert self.absent.keys().isdisjoint(self.asking | self.members)
         assert (self.plan is None) == (self.phase is Phase.IDLE)
         assert (self.finished is not None) == (self.phase is Phase.FINISHED)
         learners = [task.learner for task in self.tasks.values()]
@@ -117,50 +123,64 @@ def apply(run: Run, event: Logged) -> tuple[Run, str]:
     kind = event.message.DESCRIPTOR.name
     if kind not in _TRANSITIONS:
         return run, ""  # not for the controller
-    publisher, phases, transition = _TRANSITIONS[kind]
-    if not _may_publish(publisher, event):
+    phases, transition = _TRANSITIONS[kind]
+    if not may_send(event.publisher, event.message):
         return run, f"{event.publisher} may not send {kind}"
     if run.phase not in phases:
         return run, f"{kind} while {run.phase.value}"
     return transition(run, event)
 
 
-def _may_publish(publisher: str, event: Logged) -> bool:
-    role, _, name = event.publisher.partition(":")
-    if publisher == "learner":
-        return role == "learner" and name == getattr(event.message, "learner", None)
-    return role == publisher
-
-
 def _run_started(run: Run, event: Logged) -> tuple[Run, str]:
     plan = event.message
     assert isinstance(plan, pb.RunStarted)
-    names = list(plan.learners)
-    if sorted(set(names)) != names or plan.quorum > len(names):
-        return run, "learners must be sorted and unique, and the quorum at most their number"
-    fresh = Run(run.federation, asking=run.asking, members=run.members)
+    if run.plan is not None and run.plan.run_id == plan.run_id:
+        return run, f"run {plan.run_id} was started before"
+    if why := _refusal(run, plan):
+        return replace(run, refused=_with(run.refused, plan.run_id, why)), why
+    fresh = Run(run.federation, asking=run.asking, members=run.members, refused=run.refused)
     return replace(fresh, phase=Phase.GATHERING, plan=plan, opened_ns=event.at_ns), ""
+
+
+def _refusal(run: Run, plan: pb.RunStarted) -> str:
+    """Why this run cannot begin now; "" if it can."""
+    names = list(plan.learners)
+    if run.plan is not None and run.phase is not Phase.FINISHED:
+        return f"asked for while run {run.plan.run_id} is {run.phase.value}; wait for its end"
+    if sorted(set(names)) != names or plan.quorum > len(names):
+        return "learners must be sorted and unique, and the quorum at most their number"
+    if plan.privacy not in PRIVACY_MODES:
+        return f"privacy mode {plan.privacy!r}; this controller has {', '.join(PRIVACY_MODES)}"
+    # A learner's part of RoundClosed: twice its name, the run's, numbers and a digest. It leaves
+    # some room for a reason where a learner is missing.
+    round_bytes = 1_024 + sum(2 * len(name) + len(plan.run_id) + 70 for name in names)
+    if round_bytes > PAYLOAD_BYTES_MAX:
+        return (
+            f"{len(names)} learners with names as long as these need events of {round_bytes} "
+            f"bytes; at most {PAYLOAD_BYTES_MAX}: shorten the names or invite fewer"
+        )
+    return ""
 
 
 def _learner_joined(run: Run, event: Logged) -> tuple[Run, str]:
     name = _learner(event)
     if name in run.members:
         return run, ""
-    return replace(run, asking=run.asking | {name}, absent=run.absent - {name}), ""
+    return replace(run, asking=run.asking | {name}, absent=_without(run.absent, name)), ""
 
 
 def _learner_left(run: Run, event: Logged) -> tuple[Run, str]:
     left = event.message
     assert isinstance(left, pb.LearnerLeft)
-    name = left.learner
+    name, reason = left.learner, f"left: {left.reason or 'no reason given'}"
     for task in run.tasks.values():
         if task.learner == name and not task.settled:
-            run = _settle(run, _failed(task, f"left: {left.reason or 'no reason given'}", event))
+            run = _put(run, _failed(task, reason, event))
     return replace(
         run,
         asking=run.asking - {name},
         members=run.members - {name},
-        absent=run.absent | {name},
+        absent=_with(run.absent, name, reason),
     ), ""
 
 
@@ -170,7 +190,7 @@ def _member_admitted(run: Run, event: Logged) -> tuple[Run, str]:
         run,
         asking=run.asking - {name},
         members=run.members | {name},
-        absent=run.absent - {name},
+        absent=_without(run.absent, name),
     ), ""
 
 
@@ -200,14 +220,14 @@ def _task_assigned(run: Run, event: Logged) -> tuple[Run, str]:
     task = run.tasks.get(message.task_id)
     if task is None or task.status is not Status.INVITED:
         return run, "assigned before"
-    return _settle(run, replace(task, status=Status.ASSIGNED, assigned_ns=event.at_ns)), ""
+    return _put(run, replace(task, status=Status.ASSIGNED, assigned_ns=event.at_ns)), ""
 
 
 def _task_cancelled(run: Run, event: Logged) -> tuple[Run, str]:
     task = run.tasks.get(event.message.task_id)  # type: ignore[attr-defined]
     if task is None:
         return run, "cancelled after its round"
-    return _settle(run, replace(task, cancelled=True)), ""
+    return _put(run, replace(task, cancelled=True)), ""
 
 
 def _task_completed(run: Run, event: Logged) -> tuple[Run, str]:
@@ -218,8 +238,8 @@ def _task_completed(run: Run, event: Logged) -> tuple[Run, str]:
         return run, why
     assert task is not None
     if task.kind == pb.TRAIN and not done.examples:
-        return _settle(run, _failed(task, "trained on no examples", event)), ""
-    return _settle(run, _check_digest(replace(
+        return _put(run, _failed(task, "trained on no examples", event)), ""
+    return _put(run, _check_digest(replace(
         task, status=Status.COMPLETED, completion=done, settled_ns=event.at_ns
     ))), ""  # fmt: skip
 
@@ -231,7 +251,7 @@ def _task_failed(run: Run, event: Logged) -> tuple[Run, str]:
     if why := _unexpected(task, event):
         return run, why
     assert task is not None
-    return _settle(run, _failed(task, failed.reason or "no reason given", event)), ""
+    return _put(run, _failed(task, failed.reason or "no reason given", event)), ""
 
 
 def _update_stored(run: Run, event: Logged) -> tuple[Run, str]:
@@ -242,7 +262,7 @@ def _update_stored(run: Run, event: Logged) -> tuple[Run, str]:
         return run, "stored for a task that is not open"
     if task.status not in (Status.ASSIGNED, Status.COMPLETED) or task.stored_digest:
         return run, f"stored for a task that is {task.status.value}"
-    return _settle(run, _check_digest(replace(
+    return _put(run, _check_digest(replace(
         task, stored_digest=stored.digest, settled_ns=event.at_ns
     ))), ""  # fmt: skip
 
@@ -250,16 +270,18 @@ def _update_stored(run: Run, event: Logged) -> tuple[Run, str]:
 def _lease_ended(run: Run, event: Logged) -> tuple[Run, str]:
     ended = event.message
     assert isinstance(ended, pb.LeaseEnded)
+    name, reason = ended.learner, f"silent for {ended.silent_s:.1f} s, longer than its lease"
     if not ended.task_id:
-        if run.phase is Phase.GATHERING and ended.learner not in run.members:
-            return replace(run, absent=run.absent | {ended.learner}), ""
+        if run.phase is Phase.GATHERING and name not in run.members | run.asking:
+            return replace(run, absent=_with(run.absent, name, f"has not joined: {reason}")), ""
         return run, "joined before its lease ended"
     task = run.tasks.get(ended.task_id)
     if task is None or task.settled:
         return run, "settled before its lease ended"
-    reason = f"silent for {ended.silent_s:.1f} s, longer than its lease"
+    if task.status is Status.COMPLETED:
+        reason = "the update that it reported has not come within its lease"
     lapsed = replace(task, status=Status.LAPSED, reason=reason, settled_ns=event.at_ns)
-    return _settle(run, lapsed), ""
+    return _put(run, lapsed), ""
 
 
 def _round_closed(run: Run, event: Logged) -> tuple[Run, str]:
@@ -284,6 +306,10 @@ def _round_closed(run: Run, event: Logged) -> tuple[Run, str]:
 def _run_finished(run: Run, event: Logged) -> tuple[Run, str]:
     finished = event.message
     assert isinstance(finished, pb.RunFinished)
+    if finished.run_id in run.refused:
+        return replace(run, refused=_without(run.refused, finished.run_id)), ""
+    if run.phase not in _RUNNING or run.plan is None or run.plan.run_id != finished.run_id:
+        return run, f"run {finished.run_id} is not under way"
     return replace(run, phase=Phase.FINISHED, finished=finished), ""
 
 
@@ -291,25 +317,25 @@ _ANY = frozenset(Phase)
 _RUNNING = frozenset({Phase.GATHERING, Phase.TRAINING, Phase.EVALUATING})
 _WORKING = frozenset({Phase.TRAINING, Phase.EVALUATING})
 
-# event: who may publish it, the phases in which it counts, what it does
-_TRANSITIONS: Mapping[
-    str, tuple[str, frozenset[Phase], Callable[[Run, Logged], tuple[Run, str]]]
-] = MappingProxyType(
-    {
-        "RunStarted": ("driver", frozenset({Phase.IDLE, Phase.FINISHED}), _run_started),
-        "LearnerJoined": ("learner", _ANY, _learner_joined),
-        "LearnerLeft": ("learner", _ANY, _learner_left),
-        "MemberAdmitted": ("controller", _ANY, _member_admitted),
-        "RoundOpened": ("controller", _RUNNING, _round_opened),
-        "TaskAssigned": ("controller", _WORKING, _task_assigned),
-        "TaskCancelled": ("controller", _WORKING, _task_cancelled),
-        "TaskCompleted": ("learner", _WORKING, _task_completed),
-        "TaskFailed": ("learner", _WORKING, _task_failed),
-        "UpdateStored": ("controller", _WORKING, _update_stored),
-        "LeaseEnded": ("controller", _RUNNING, _lease_ended),
-        "RoundClosed": ("controller", frozenset({Phase.TRAINING}), _round_closed),
-        "RunFinished": ("controller", _RUNNING, _run_finished),
-    }
+# event: the phases in which it counts, what it does
+_TRANSITIONS: Mapping[str, tuple[frozenset[Phase], Callable[[Run, Logged], tuple[Run, str]]]] = (
+    MappingProxyType(
+        {
+            "RunStarted": (_ANY, _run_started),
+            "LearnerJoined": (_ANY, _learner_joined),
+            "LearnerLeft": (_ANY, _learner_left),
+            "MemberAdmitted": (_ANY, _member_admitted),
+            "RoundOpened": (_RUNNING, _round_opened),
+            "TaskAssigned": (_WORKING, _task_assigned),
+            "TaskCancelled": (_WORKING, _task_cancelled),
+            "TaskCompleted": (_WORKING, _task_completed),
+            "TaskFailed": (_WORKING, _task_failed),
+            "UpdateStored": (_WORKING, _update_stored),
+            "LeaseEnded": (_RUNNING, _lease_ended),
+            "RoundClosed": (frozenset({Phase.TRAINING}), _round_closed),
+            "RunFinished": (_ANY, _run_finished),
+        }
+    )
 )
 
 
@@ -327,12 +353,21 @@ def _tasks(tasks: Iterable[Task]) -> Mapping[str, Task]:
     return MappingProxyType({task.task_id: task for task in tasks})
 
 
-def _settle(run: Run, task: Task) -> Run:
+def _put(run: Run, task: Task) -> Run:
     return replace(run, tasks=MappingProxyType({**run.tasks, task.task_id: task}))
 
 
+def _with(reasons: Mapping[str, str], key: str, reason: str) -> Mapping[str, str]:
+    return MappingProxyType({**reasons, key: reason})
+
+
+def _without(reasons: Mapping[str, str], key: str) -> Mapping[str, str]:
+    return MappingProxyType({name: why for name, why in reasons.items() if name != key})
+
+
 def _failed(task: Task, reason: str, event: Logged) -> Task:
-    return replace(task, status=Status.FAILED, reason=reason, settled_ns=event.at_ns)
+    cut = reason[:REASON_CHARACTERS_MAX]
+    return replace(task, status=Status.FAILED, reason=cut, settled_ns=event.at_ns)
 
 
 def _check_digest(task: Task) -> Task:

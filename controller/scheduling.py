@@ -14,13 +14,15 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Final
 
 from google.protobuf.message import Message
 
 from metisfl.controller.lease import Wait
-from metisfl.controller.round import Phase, Run, Status, present
+from metisfl.controller.round import Phase, Run, Status, Task, present
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
+from metisfl.proto.events import PAYLOAD_BYTES_MAX, REASON_CHARACTERS_MAX
 
 __all__ = [
     "Contribution",
@@ -33,6 +35,8 @@ __all__ = [
     "seed_of",
     "waits",
 ]
+
+_ABSENCE_BYTES: Final = 16  # what an Absence takes beside its two texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Contribution:
 class Fold:
     """Make the community model of a round, learners in the order of their names."""
 
-    key: str
+    key: str  # that of the RoundClosed which it becomes
     run_id: str
     round: int
     base_digest: bytes  # empty for round 0
@@ -85,21 +89,24 @@ def seed_of(run_seed: int, round_number: int, learner: str) -> int:
 def decide(run: Run) -> tuple[Effect, ...]:
     """Return what the state calls for. Pure: the same state gives the same effects."""
     plan = run.plan
+    refusals = tuple(_refuse(run, run_id, why) for run_id, why in sorted(run.refused.items()))
     if plan is None or run.phase is Phase.FINISHED:
-        return ()
+        return refusals
     admissions = tuple(
         _publish(topics.ledger_topic(run.federation, name), pb.MemberAdmitted(learner=name))
         for name in sorted(run.asking)
         if name in plan.learners
     )
-    return admissions + _DECISIONS[run.phase](run, plan)
+    return refusals + admissions + _DECISIONS[run.phase](run, plan)
 
 
 def _decide_gathering(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     here = present(run, plan)
     everyone_known = all(name in run.members or name in run.absent for name in plan.learners)
-    if not everyone_known or len(here) < plan.quorum:
+    if not everyone_known:
         return ()
+    if len(here) < plan.quorum:
+        return (_fail(run, plan, f"{len(here)} learners are here; the quorum is {plan.quorum}"),)
     return (_open_round(run, plan, 0, here[:1]),)
 
 
@@ -117,7 +124,7 @@ def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
         why = f"round {run.round} has {len(counted)} updates; the quorum is {plan.quorum}"
         return (*pending, _fail(run, plan, why))
     fold = Fold(
-        key=f"Fold:{plan.run_id}:{run.round}",
+        key=f"RoundClosed:{plan.run_id}:{run.round}",
         run_id=plan.run_id,
         round=run.round,
         base_digest=run.model_digest,
@@ -169,15 +176,24 @@ def _open_round(run: Run, plan: pb.RunStarted, number: int, invited: list[str]) 
             for name in invited
         ],
     )
-    return _publish(topics.run_topic(run.federation), opened, plan.run_id)
+    # Not a broadcast: an invited learner gets its task, and the others have nothing to do.
+    return _publish(topics.ledger_topic(run.federation, topics.ALL), opened, plan.run_id)
+
+
+def _refuse(run: Run, run_id: str, why: str) -> Publish:
+    refused = pb.RunFinished(run_id=run_id, outcome=pb.RunFinished.FAILED, reason=why)
+    return _publish(topics.run_topic(run.federation), refused, run_id)
 
 
 def _fail(run: Run, plan: pb.RunStarted, why: str) -> Publish:
-    reasons = [f"{t.learner}: {t.reason}" for t in run.tasks.values() if t.reason]
+    reasons = {name: run.absent[name] for name in plan.learners if name in run.absent}
+    reasons |= {task.learner: task.reason for task in run.tasks.values() if task.reason}
     failed = pb.RunFinished(
         run_id=plan.run_id,
         outcome=pb.RunFinished.FAILED,
-        reason="; ".join([why, *reasons])[:2_000],
+        reason="; ".join([why, *(f"{name}: {reason}" for name, reason in reasons.items())])[
+            :REASON_CHARACTERS_MAX
+        ],
         model_digest=run.model_digest,
         rounds=max(run.round - 1, 0) if run.phase is Phase.TRAINING else run.round,
     )
@@ -228,9 +244,13 @@ def _contributions(run: Run) -> tuple[Contribution, ...]:
             digest=task.stored_digest,
             weight=1.0 if run.round == 0 else float(task.completion.examples),
         )
-        for task in sorted(run.tasks.values(), key=lambda task: task.learner)
+        for task in sorted(run.tasks.values(), key=_by_learner)
         if task.counts and task.completion is not None
     )
+
+
+def _by_learner(task: Task) -> str:
+    return task.learner
 
 
 def round_closed(run: Run, fold: Fold, model_digest: bytes) -> Publish:
@@ -249,12 +269,12 @@ def round_closed(run: Run, fold: Fold, model_digest: bytes) -> Publish:
             )
             for one in fold.contributions
         ],
-        missing=[
-            pb.Absence(learner=task.learner, reason=task.reason)
-            for task in sorted(run.tasks.values(), key=lambda task: task.learner)
-            if task.learner not in counted
-        ],
     )
+    missing = sorted((t for t in run.tasks.values() if t.learner not in counted), key=_by_learner)
+    share_bytes = (PAYLOAD_BYTES_MAX - closed.ByteSize()) // max(1, len(missing))
+    for task in missing:
+        reason = task.reason.encode()[: share_bytes - len(task.learner) - _ABSENCE_BYTES]
+        closed.missing.add(learner=task.learner, reason=reason.decode(errors="ignore"))
     return _publish(topics.run_topic(run.federation), closed, fold.run_id)
 
 
@@ -269,5 +289,5 @@ def waits(run: Run) -> tuple[Wait, ...]:
     return tuple(
         Wait(task.learner, task.task_id, plan.lease_s)
         for task in run.tasks.values()
-        if task.status is Status.ASSIGNED
+        if not task.settled and task.status is not Status.INVITED
     )

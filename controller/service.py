@@ -14,9 +14,10 @@ import math
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -37,7 +38,7 @@ from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parse
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
 from metisfl.proto.chunk import federation_digest
-from metisfl.proto.errors import PeerError, UserError
+from metisfl.proto.errors import MachineError, PeerError, UserError
 from metisfl.proto.events import decode
 from metisfl.proto.records import pack_record
 
@@ -78,8 +79,8 @@ class Controller:
         self._lease_timer: asyncio.TimerHandle | None = None
         self._recorded: tuple[str, int] | None = None
         self._live = False
-        self._folds: set[asyncio.Task[None]] = set()
-        self._recent_models: list[bytes] = []
+        self._works: set[asyncio.Task[None]] = set()
+        self._recent_models: deque[bytes] = deque(maxlen=MODELS_KEPT)
         self._stored: list[Publish] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -102,7 +103,9 @@ class Controller:
             except PeerError as error:
                 _log.warning("beat refused", topic=beat.topic, why=str(error))
                 continue
-            if isinstance(message, pb.Progress):
+            if not isinstance(message, pb.Progress):
+                continue
+            if beat.topic == topics.beat_topic(self._federation, message.learner):
                 now = time.monotonic()
                 self._leases = self._leases.renew(message.learner, message.task_id, now)
 
@@ -115,12 +118,25 @@ class Controller:
         )
         topic = topics.ledger_topic(self._federation, task.learner)
         if not self._stored:  # those that come together are one transaction
-            asyncio.get_running_loop().call_soon(self._publish_stored)
+            self._begin(self._publish_stored())
         self._stored.append(Publish(key_of(stored), topic, stored, task_id))
 
-    def _publish_stored(self) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it beside everything else; its error ends the daemon."""
+        task = asyncio.create_task(work)
+        self._works.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._works.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def _publish_stored(self) -> None:
         stored, self._stored = self._stored, []
-        self._publish(stored)
+        if not self.failed.done():  # else the daemon is ending; the next one tells it again
+            self._publish(stored)
 
     def _apply(self, record: Record) -> None:
         try:
@@ -173,9 +189,7 @@ class Controller:
         self._publish([effect for effect in new if isinstance(effect, Publish)])
         for effect in new:
             if isinstance(effect, Fold):
-                task = asyncio.create_task(self._fold(effect))
-                self._folds.add(task)
-                task.add_done_callback(self._fold_ended)
+                self._begin(self._fold(effect))
         self._leases = self._leases.watch(waits(self._run), time.monotonic())
         self._set_lease_timer()
 
@@ -217,15 +231,18 @@ class Controller:
         ]
         started = time.monotonic()
         digest = await asyncio.to_thread(self._fold_files, updates, base)
+        # While the round is open, nothing of the next one can be among what is deleted.
+        current = [task.task_id for task in self._run.tasks.values()]
+        await asyncio.to_thread(self._forget, current, [*self._recent_models, digest])
         _log.debug("folded", round=effect.round, seconds=time.monotonic() - started)
         self._publish([round_closed(self._run, effect, digest)])
-        current = [task.task_id for task in self._run.tasks.values()]
-        models = [*self._recent_models[-MODELS_KEPT:], digest]
-        await asyncio.to_thread(self._forget, current, models)
 
     def _fold_files(self, updates: list[aggregate.Update], base: Path | None) -> bytes:
-        draft = self._store.draft(updates[0].path.stat().st_size)
-        digest = aggregate.fold(updates, base, draft)
+        try:
+            draft = self._store.draft(updates[0].path.stat().st_size)
+            digest = aggregate.fold(updates, base, draft)
+        except OSError as error:
+            raise MachineError(f"{self._home}: the updates cannot be folded: {error}") from error
         return self._store.put(draft, digest)
 
     def _forget(self, task_ids: list[str], models: list[bytes]) -> None:
@@ -233,21 +250,19 @@ class Controller:
         self._spool.keep(task_ids)
         self._store.keep(models)
 
-    def _fold_ended(self, task: asyncio.Task[None]) -> None:
-        self._folds.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self.failed.done():
-            self.failed.set_exception(error)
-
     def _set_lease_timer(self) -> None:
         if self._lease_timer is not None:
             self._lease_timer.cancel()
         end = self._leases.next_end()
         if end is not None:
             delay_s = max(end - time.monotonic(), 0.0) + 0.001
-            self._lease_timer = asyncio.get_running_loop().call_later(delay_s, self._end_leases)
+            self._lease_timer = asyncio.get_running_loop().call_later(
+                delay_s, lambda: self._begin(self._end_leases())
+            )
 
-    def _end_leases(self) -> None:
+    async def _end_leases(self) -> None:
+        if self.failed.done():
+            return  # the daemon is ending
         self._leases, ended = self._leases.end(time.monotonic())
         effects = []
         for one in ended:

@@ -8,6 +8,7 @@ Rule 2: what a peer sent wrong is a PeerError; what we would send wrong is a Val
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -18,11 +19,24 @@ from metisfl.proto import events_pb2 as pb
 from metisfl.proto.errors import PeerError
 from metisfl.proto.topics import NAME
 
-__all__ = ["EVENT_TYPES", "LEARNERS_MAX", "LIMITS", "PAYLOAD_BYTES_MAX", "decode", "encode"]
+__all__ = [
+    "EVENT_TYPES",
+    "LEARNERS_MAX",
+    "LIMITS",
+    "PAYLOAD_BYTES_MAX",
+    "REASON_CHARACTERS_MAX",
+    "decode",
+    "encode",
+    "may_send",
+]
 
 PAYLOAD_BYTES_MAX: Final = 192 * 1024
 LEARNERS_MAX: Final = 1000
 METRICS_MAX: Final = 256
+REASON_CHARACTERS_MAX: Final = 2_000
+
+# Runs and tasks name files and folders, at the controller and at every site.
+_IDENTIFIER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Check = Callable[[Any], str | None]
 """Returns what is wrong with a value, or None."""
@@ -33,6 +47,19 @@ def _text(most: int, *, least: int = 0) -> Check:
         if least <= len(value) <= most:
             return None
         return f"has {len(value)} characters; allowed are {least} to {most}"
+
+    return check
+
+
+def _identifier(most: int, *, least: int = 1) -> Check:
+    length = _text(most, least=least)
+
+    def check(value: str) -> str | None:
+        if wrong := length(value):
+            return wrong
+        if not value or _IDENTIFIER.fullmatch(value):
+            return None
+        return f"is {value[:80]!r}; allowed are letters, digits, '.', '_' and '-'"
 
     return check
 
@@ -82,11 +109,11 @@ def _nested(message: Message) -> str | None:
     return _first_wrong(message)
 
 
-_task_id = _text(200, least=1)
-_run_id = _text(64, least=1)
+_task_id = _identifier(200)
+_run_id = _identifier(64)
 _round = _number(0, 100_000)
 _lease_s = _number(0.1, 86_400)
-_reason = _text(2_000)
+_reason = _text(REASON_CHARACTERS_MAX)
 _seconds = _number(0, 1e9)
 _state = _text(32, least=1)
 
@@ -112,7 +139,11 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "privacy_modes": _each(_text(32, least=1), most=8),
         },
         "LearnerLeft": {"learner": _name, "reason": _reason},
-        "LeaseEnded": {"task_id": _text(200), "learner": _name, "silent_s": _seconds},
+        "LeaseEnded": {
+            "task_id": _identifier(200, least=0),
+            "learner": _name,
+            "silent_s": _seconds,
+        },
         "MemberAdmitted": {"learner": _name},
         "Progress": {
             "task_id": _task_id,
@@ -187,6 +218,18 @@ _PARTS = {"Absence", "Contribution", "Hyperparameters", "Invitation"}
 EVENT_TYPES: Final[Mapping[str, type[Message]]] = MappingProxyType(
     {name: getattr(pb, name) for name in LIMITS if name not in _PARTS}
 )
+
+_BY_LEARNERS = {"Heartbeat", "LearnerJoined", "LearnerLeft", "Progress"}
+_BY_LEARNERS |= {"TaskCompleted", "TaskFailed"}
+_BY_DRIVERS = {"RunStarted"}
+
+
+def may_send(principal: str, message: Message) -> bool:
+    """Tell whether an event is this principal's to send; a learner speaks for itself alone."""
+    name, (role, _, own) = message.DESCRIPTOR.name, principal.partition(":")
+    if name in _BY_LEARNERS:
+        return role == "learner" and own == message.learner  # type: ignore[attr-defined]
+    return role == ("driver" if name in _BY_DRIVERS else "controller")
 
 
 def _first_wrong(message: Message) -> str | None:

@@ -61,8 +61,9 @@ class RoundRecord:
 def pool_metrics(evaluations: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Pool metrics such as "test.accuracy" over sites, weighted by the site's "test.examples".
 
-    The counts add up; a metric that a site did not report is pooled over the others. The sums are
-    exact (fsum), so the order of the sites does not matter.
+    The counts add up; a metric that a site did not report is pooled over the others, and one whose
+    sum is beyond float64 is left out. The sums are exact (fsum), so the order of the sites does not
+    matter.
     """
     terms: dict[str, list[tuple[float, float]]] = {}
     for metrics in evaluations:
@@ -73,12 +74,20 @@ def pool_metrics(evaluations: Iterable[Mapping[str, float]]) -> dict[str, float]
                 terms.setdefault(name, []).append((value, examples))
     pooled = {}
     for name, pairs in sorted(terms.items()):
-        total = math.fsum(examples for _, examples in pairs)
+        total = _sum(examples for _, examples in pairs)
         if name.endswith(".examples"):
             pooled[name] = total
         else:
-            pooled[name] = math.fsum(value * examples for value, examples in pairs) / total
-    return pooled
+            pooled[name] = _sum(value * examples for value, examples in pairs) / total
+    return {name: value for name, value in pooled.items() if math.isfinite(value)}
+
+
+def _sum(values: Iterable[float]) -> float:
+    """The exact sum; NaN if no float64 holds it, for the values are whatever a site has sent."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def pack_record(record: RoundRecord) -> bytes:

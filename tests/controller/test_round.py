@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from metisfl.controller.round import Logged, Phase, Run, Status, apply
 from metisfl.controller.scheduling import Fold, Publish, decide, round_closed, seed_of, waits
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.events import encode
 
 LEARNERS = ("ada", "bob", "cyd")
 DIGEST = bytes(range(32))
 
 
-def plan(rounds: int = 2, quorum: int = 2) -> pb.RunStarted:
+def plan(rounds: int = 2, quorum: int = 2, run_id: str = "r1") -> pb.RunStarted:
     return pb.RunStarted(
-        run_id="r1",
+        run_id=run_id,
         rounds=rounds,
         learners=LEARNERS,
         quorum=quorum,
@@ -142,7 +143,9 @@ def test_every_history_adds_up(seed: int, rounds: int, quorum: int) -> None:
             dropped = world.log_event(pb.MemberAdmitted(learner="mallory"), "learner:mallory")
             assert "may not send" in dropped
         elif choice == "another run":
-            assert "while" in world.log_event(plan(), "driver:d")
+            assert "while" in world.log_event(plan(run_id="r2"), "driver:e")
+    world.perform_all()
+    assert not world.run.refused, "whoever asks in vain is told"
     closed = counted(world.log)
     assert [c.round for c in closed] == list(range(len(closed))), "rounds close once, in order"
     for one in closed[1:]:
@@ -234,3 +237,141 @@ def test_seeds_differ_by_round_and_learner_and_fit_63_bits() -> None:
     seeds = {seed_of(s, r, n) for s in (0, 1) for r in range(20) for n in LEARNERS}
     assert len(seeds) == 2 * 20 * 3
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def finished(world: World, run_id: str) -> list[pb.RunFinished]:
+    ends = [e.message for e in world.log if isinstance(e.message, pb.RunFinished)]
+    return [end for end in ends if end.run_id == run_id]
+
+
+def test_who_asks_for_a_second_run_is_told_and_the_first_goes_on() -> None:
+    world = World()
+    world.start(plan())
+    for _ in range(2):
+        world.log_event(plan(run_id="r2"), "driver:other")
+        world.perform_all()
+        assert "while run r1 is training" in finished(world, "r2")[-1].reason
+    assert (world.run.phase, world.run.plan) == (Phase.TRAINING, plan())
+    world.log_event(plan(), "driver:other")
+    world.perform_all()
+    assert not finished(world, "r1"), "asking again for the run that is under way does not end it"
+
+
+def test_a_plan_that_cannot_be_is_refused_with_the_reason() -> None:
+    world = World()
+    world.log_event(plan(quorum=4), "driver:d")
+    world.perform_all()
+    assert "quorum at most their number" in finished(world, "r1")[0].reason
+    assert world.run == Run("f"), "nothing is left of it"
+    secret = plan(run_id="r2")
+    secret.privacy = "ckks"
+    world.log_event(secret, "driver:d")
+    crowd = plan(run_id="r3")
+    crowd.learners[:] = [f"{number:063}" for number in range(1000)]
+    world.log_event(crowd, "driver:d")
+    world.perform_all()
+    assert "privacy mode 'ckks'" in finished(world, "r2")[0].reason
+    assert "shorten the names" in finished(world, "r3")[0].reason
+    world.start(plan())
+    assert world.run.phase is Phase.TRAINING
+
+
+def test_a_run_that_too_few_join_fails_and_says_who_is_not_there() -> None:
+    world = World()
+    world.log_event(plan(quorum=2), "driver:d")
+    world.log_event(pb.LearnerJoined(learner="ada"), "learner:ada")
+    world.log_event(pb.LearnerLeft(learner="bob", reason="no app"), "learner:bob")
+    world.perform_all()
+    assert [wait.learner for wait in waits(world.run)] == ["cyd"]
+    world.log_event(pb.LeaseEnded(learner="cyd", silent_s=6), "controller")
+    world.perform_all()
+    (end,) = finished(world, "r1")
+    assert "1 learners are here; the quorum is 2; bob: left: no app; cyd: has not joined" in (
+        end.reason
+    )
+
+
+def test_an_update_that_is_reported_and_never_comes_does_not_stop_the_round() -> None:
+    world = World()
+    world.start(plan())
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    for name in ("ada", "bob"):
+        world.complete(f"r1.1.train.{name}")
+    liar = "r1.1.train.cyd"
+    done = pb.TaskCompleted(task_id=liar, learner="cyd", update_digest=DIGEST, examples=1)
+    world.log_event(done, "learner:cyd")
+    assert [wait.task_id for wait in waits(world.run)] == [liar]
+    world.log_event(pb.LeaseEnded(task_id=liar, learner="cyd", silent_s=6), "controller")
+    world.perform_all()
+    (absence,) = counted(world.log)[-1].missing
+    assert (absence.learner, "has not come" in absence.reason) == ("cyd", True)
+
+
+def test_no_reason_however_long_keeps_a_round_from_closing() -> None:
+    names = [f"site-{number:03}" for number in range(150)]
+    world, the_plan = World(), plan(quorum=1)
+    the_plan.learners[:] = names
+    world.log_event(the_plan, "driver:d")
+    for name in names:
+        world.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+    world.perform_all()
+    world.complete("r1.0.initialise.site-000")
+    world.perform_all()
+    world.complete("r1.1.train.site-000")
+    world.log_event(pb.LearnerLeft(learner="site-001", reason="é" * 2000), "learner:site-001")
+    for name in names[2:]:
+        failed = pb.TaskFailed(task_id=f"r1.1.train.{name}", learner=name, reason="é" * 2000)
+        world.log_event(failed, f"learner:{name}")
+    world.perform_all()
+    closed = counted(world.log)[-1]
+    encode(closed)  # raises for what is too long to be an event
+    assert all("é" * 20 in absence.reason for absence in closed.missing)
+
+
+def test_a_learner_that_leaves_is_not_waited_for_and_may_come_back() -> None:
+    world = World()
+    world.start(plan(rounds=3))
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    assert world.run.model_digest == DIGEST
+    world.log_event(pb.LearnerLeft(learner="cyd", reason="reboot"), "learner:cyd")
+    for name in ("ada", "bob"):
+        world.complete(f"r1.1.train.{name}")
+    world.perform_all()
+    assert [m.reason for m in counted(world.log)[-1].missing] == ["left: reboot"]
+    assert {t.learner for t in world.run.tasks.values()} == {"ada", "bob"}
+    world.log_event(pb.LearnerJoined(learner="cyd"), "learner:cyd")
+    for name in ("ada", "bob"):
+        world.complete(f"r1.1.evaluate.{name}")
+    world.perform_all()
+    assert {t.learner for t in world.run.tasks.values()} == set(LEARNERS)
+
+
+def test_what_is_settled_stays_and_what_is_out_of_turn_is_dropped() -> None:
+    world = World()
+    world.start(plan())
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    done = "r1.1.train.ada"
+    world.complete(done)
+    before = world.run
+    digest = bytes(32)
+    invited = [pb.Invitation(learner="ada", task_id="x")]
+    for late in (
+        pb.LeaseEnded(task_id=done, learner="ada", silent_s=6),
+        pb.LeaseEnded(learner="ada", silent_s=6),
+        pb.UpdateStored(task_id=done, learner="ada", digest=digest),
+        pb.RoundOpened(run_id="r1", round=2, invited=invited),
+        pb.RoundOpened(run_id="r1", round=0, invited=invited),
+        pb.RoundClosed(run_id="r1", round=0, model_digest=digest),
+        pb.RunFinished(run_id="another", outcome=pb.RunFinished.FAILED),
+    ):
+        assert world.log_event(late, "controller"), f"{late} is to be dropped with a reason"
+        assert world.run == before
+    for name in ("bob", "cyd"):
+        world.complete(f"r1.1.train.{name}")
+    world.perform_all()
+    assert world.run.phase is Phase.EVALUATING
+    skipping = pb.RoundOpened(run_id="r1", round=3, invited=invited)
+    assert "after round 1" in world.log_event(skipping, "controller")

@@ -61,6 +61,8 @@ def test_a_damaged_event_is_an_event_or_a_peer_error(position: int, byte: int) -
             "it must be finite",
         ),
         (pb.UpdateStored(task_id="t", learner="a", digest=b"short"), "a SHA-256 digest has 32"),
+        (pb.TaskCancelled(task_id="../keys"), "is '../keys'; allowed are letters, digits"),
+        (pb.RunFinished(run_id="..", outcome=pb.RunFinished.FAILED), "is '..'; allowed"),
     ],
 )
 def test_a_limit_is_named_to_the_peer_and_to_us(message: pb.TaskFailed, complaint: str) -> None:

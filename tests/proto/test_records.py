@@ -69,3 +69,19 @@ def test_a_site_without_examples_changes_nothing() -> None:
     site = {"test.examples": 4.0, "test.accuracy": 0.5}
     empty = {"test.examples": 0.0, "test.accuracy": 0.0}
     assert pool_metrics([site, empty]) == pool_metrics([site])
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"test.examples": 1e308, "test.loss": 1.0},
+        {"test.examples": 4.0, "test.loss": 1e308},
+        {"test.examples": 1e200, "test.loss": -1e200},
+    ],
+)
+def test_what_no_sum_can_hold_is_left_out_and_stops_nobody(absurd: dict[str, float]) -> None:
+    other = {"test.examples": 1e200, "test.loss": 1e200}
+    honest = {"test.examples": 4.0, "test.accuracy": 0.5}
+    pooled = pool_metrics([absurd, absurd, other, honest])
+    assert pooled["test.accuracy"] == 0.5
+    assert "test.loss" not in pooled

@@ -1,0 +1,212 @@
+"""The controller's shell: what it deletes nobody needs, and what it cannot do ends it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+
+from metisfl.broker.client import Batch, Outbox, Record
+from metisfl.controller.admission import Expected
+from metisfl.controller.scheduling import key_of
+from metisfl.controller.service import Controller
+from metisfl.controller.spool import Spool
+from metisfl.controller.store import ModelStore
+from metisfl.deploy.database import open_database
+from metisfl.proto import events_pb2 as pb
+from metisfl.proto.envelope import parse_envelope
+from metisfl.proto.errors import MachineError
+from metisfl.proto.events import decode, encode
+from metisfl.proto.model_file import write_model
+from metisfl.proto.tensors import Tensor
+
+DEADLINE_S = 20.0
+PLAN = pb.RunStarted(
+    run_id="r",
+    rounds=9,
+    learners=["ada"],
+    quorum=1,
+    lease_s=60.0,
+    privacy="plain",
+    hyperparameters=pb.Hyperparameters(epochs=1, batch_size=1),
+)
+
+
+class Around:
+    """A broker that logs what the outbox holds, and a learner that does its tasks at once.
+
+    It does not do the task `refused`, but says that it was `asked`.
+    """
+
+    def __init__(self, outbox: Outbox, spool: Spool) -> None:
+        self._lane: asyncio.Queue[Batch] = asyncio.Queue()
+        self._outbox, self._spool = outbox, spool
+        self._sent = self._logged = 0
+        self._drained = False
+        self._keys: set[str] = set()
+        self.replayed: list[Batch] = []
+        self.controller: Controller | None = None
+        self.history: list[str] = []
+        self.logged: list[Record] = []
+        self.refused = ""
+        self.asked = asyncio.Event()
+
+    async def drained(self, timeout_s: float) -> None:
+        self._drained = True
+
+    async def records(self, lane: str) -> AsyncIterator[Batch]:
+        assert self._drained, "the lane does not hold yet what a former process decided"
+        for batch in self.replayed:
+            yield batch
+        while True:
+            yield await self._lane.get()
+
+    def log(self, publisher: str, message: Message) -> None:
+        self._logged += 1
+        self.history.append(message.DESCRIPTOR.name)
+        if publisher == "controller":
+            key = key_of(message)
+            assert key not in self._keys, f"{key} was published twice"
+            self._keys.add(key)
+        kind, payload = encode(message)
+        record = Record(self._logged, self._logged, "f/run/all/", publisher, kind, "", payload)
+        self.logged.append(record)
+        self._lane.put_nowait(Batch((record,), self._logged, True))
+
+    def flush(self) -> None:
+        for sequence, _, data in self._outbox.rows(self._sent, 1000):
+            self._sent = sequence
+            envelope = parse_envelope(data)
+            message = decode(envelope.type, envelope.payload)
+            self.log("controller", message)
+            if isinstance(message, pb.TaskAssigned):
+                self._answer(message)
+
+    def expect(self, expected: Mapping[str, Expected]) -> None: ...
+
+    def _answer(self, task: pb.TaskAssigned) -> None:
+        if task.task_id == self.refused:
+            self.asked.set()
+            return
+        digest = b""
+        if task.kind != pb.EVALUATE:
+            assert self.controller is not None
+            tensor = Tensor("w", np.full(4, float(task.round)), True)
+            digest = write_model(self._spool.update_path(task.task_id), [tensor])
+            self.controller.on_stored(task.task_id, digest, 32)
+        done = pb.TaskCompleted(
+            task_id=task.task_id, learner="ada", update_digest=digest, examples=1
+        )
+        self.log("learner:ada", done)
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.connection = open_database(folder / "db")
+        self.outbox = Outbox(self.connection, "controller")
+        self.store, self.spool = ModelStore(folder / "models"), Spool(folder / "spool")
+        self.around = Around(self.outbox, self.spool)
+        self.controller = self.around.controller = Controller(
+            federation="f",
+            home=folder,
+            connection=self.connection,
+            outbox=self.outbox,
+            client=cast(Any, self.around),
+            bulk=cast(Any, self.around),
+            store=self.store,
+            spool=self.spool,
+        )
+        self.plan = pb.RunStarted()
+        self.plan.CopyFrom(PLAN)
+
+    def begin(self) -> None:
+        self.around.log("driver:me", self.plan)
+        self.around.log("learner:ada", pb.LearnerJoined(learner="ada"))
+
+
+@asynccontextmanager
+async def world(folder: Path) -> AsyncIterator[World]:
+    one = World(folder)
+    with closing(one.connection):
+        following = asyncio.create_task(one.controller.follow())
+        asyncio.get_running_loop().call_soon(one.begin)
+        try:
+            yield one
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            one.controller.failed.cancel()
+
+
+def test_what_is_over_is_deleted_before_the_next_round_can_bring_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ModelStore.keep
+
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            history = one.around.history
+
+            def keep(store: ModelStore, digests: Collection[bytes]) -> list[bytes]:
+                history.append("deleted")
+                return kept(store, digests)
+
+            monkeypatch.setattr(ModelStore, "keep", keep)
+            one.around.refused = "r.6.train.ada"
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            steps = [step for step in history if step in ("RoundClosed", "deleted")]
+            assert steps == ["deleted", "RoundClosed"] * 6
+            assert len(one.store.digests()) == 4, "the current model and those just before it"
+            assert one.spool.stored() == ["r.5.train.ada"]
+            records = sorted(path.name for path in (tmp_path / "rounds" / "r").iterdir())
+            assert records == [f"{number:06}.msgpack" for number in range(6)]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["an update came", "a lease ended"])
+def test_a_controller_that_cannot_write_ends_and_does_not_go_on_without(
+    tmp_path: Path, what: str
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            one.around.refused = "r.1.train.ada"
+            if what == "a lease ended":
+                one.plan.lease_s = 0.5
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            one.connection.execute("PRAGMA query_only = ON")  # as a disk that went read-only
+            if what == "an update came":
+                one.controller.on_stored(one.around.refused, bytes(32), 1)
+            with pytest.raises(MachineError, match="db: attempt to write a readonly database"):
+                await asyncio.wait_for(one.controller.failed, DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_controller_reads_all_of_the_log_before_it_acts(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            one.around.refused = "r.2.train.ada"
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            log, decided = one.around.logged, one.outbox.last()
+        again = World(tmp_path)
+        with closing(again.connection):
+            batches = [Batch((record,), record.sequence, False) for record in log]
+            again.around.replayed = [*batches, Batch((), len(log), True)]
+            following = asyncio.create_task(again.controller.follow())
+            # It has nothing to decide: the round is open and its task is being worked on.
+            again.around.log("learner:ada", pb.TaskFailed(
+                task_id="r.2.train.ada", learner="ada", reason="enough"
+            ))  # fmt: skip
+            while again.around.logged[-1].type != "RunFinished":
+                await asyncio.sleep(0)
+            following.cancel()
+            assert again.outbox.last() == decided + 1, "only the end of the run is new"
+
+    asyncio.run(scenario())
