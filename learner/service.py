@@ -67,7 +67,10 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
                 worker=worker,
             )
             run.ready()
-            await _until_stopped(learner, options, stop)
+            try:
+                await _until_stopped(learner, options, stop)
+            finally:
+                await learner.end()
     finally:
         await worker.close()
         connection.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -25,13 +25,13 @@ from metisfl.deploy.run import StopSignal
 from metisfl.learner import task as t
 from metisfl.learner.state import TaskTable
 from metisfl.learner.trainer import Hyperparameters
-from metisfl.learner.transfer import BulkClient, UploadRefused
+from metisfl.learner.transfer import BulkClient, DownloadRefused, UploadRefused
 from metisfl.learner.worker import Job, Progress, Result, TrainingCancelled, TrainingError, Worker
 from metisfl.learner.worker_messages import DURABLE_S
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
-from metisfl.proto.errors import MachineError, UserError
-from metisfl.proto.events import decode
+from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.events import REASON_CHARACTERS_MAX, decode, may_send
 from metisfl.proto.model_file import open_model
 
 __all__ = ["SOFTWARE", "Learner"]
@@ -71,8 +71,10 @@ class Learner:
         self._tasks = self._saved = self._table.load(name)
         self._fetched = b""  # the model that this process has seen to be whole
         self._cursors: dict[str, int] = {}  # how far lanes were read since the last save
-        self._activity: asyncio.Task[None] | None = None
-        self._working = False
+        self._activities: dict[str, asyncio.Task[None]] = {}  # by task id
+        self._endings: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # a stopped task may still be letting go
+        self._working = ""  # the task that the worker has
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def begin(self) -> None:
@@ -80,13 +82,15 @@ class Learner:
         try:
             await self._worker.start()
         except TrainingError as error:
-            self._publish_membership(pb.LearnerLeft(learner=self._name, reason=str(error)[:2_000]))
+            reason = str(error)[:REASON_CHARACTERS_MAX]
+            self._publish_membership(pb.LearnerLeft(learner=self._name, reason=reason))
             await self._client.drained(timeout_s=CANCEL_GRACE_S)
             raise UserError(f"the application cannot be loaded: {error}") from error
         joined = pb.LearnerJoined(
             learner=self._name, software=SOFTWARE, privacy_modes=PRIVACY_MODES
         )
         self._publish_membership(joined)
+        self._sweep()
         for effect in t.resume(self._tasks):
             if isinstance(effect, t.Upload):
                 update = self._update_path(effect.task.task_id)
@@ -94,6 +98,12 @@ class Learner:
                     self._handle([t.Lost(effect.task.task_id)])
                     continue
             self._perform([effect])
+
+    async def end(self) -> None:
+        """Let go of what is being done, without a word: the next process takes it up again."""
+        for activity in self._activities.values():
+            activity.cancel()
+        await asyncio.gather(*self._activities.values(), return_exceptions=True)
 
     async def follow(self, lane: str) -> None:
         """Apply the records of one lane, batch by batch."""
@@ -165,39 +175,43 @@ class Learner:
     def _perform(self, effects: Sequence[t.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, t.Fetch):
-                self._start(effect.task, self._fetch(effect.task))
+                self._start(effect.task, partial(self._fetch, effect.task))
             elif isinstance(effect, t.Work):
-                self._start(effect.task, self._work(effect.task))
+                self._start(effect.task, partial(self._work, effect.task))
             elif isinstance(effect, t.Upload):
-                self._start(effect.task, self._upload(effect.task, effect.digest))
+                self._start(effect.task, partial(self._upload, effect.task, effect.digest))
             elif isinstance(effect, t.Stop):
-                self._stop()
+                self._stop(effect.task_id)
             elif isinstance(effect, t.Discard):
                 self._update_path(effect.task_id).unlink(missing_ok=True)
 
-    def _start(self, task: pb.TaskAssigned, work: Coroutine[Any, Any, None]) -> None:
-        previous = self._activity
+    def _start(self, task: pb.TaskAssigned, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        async def act() -> None:
+            async with self._turn:
+                with structlog.contextvars.bound_contextvars(round=task.round, task=task.task_id):
+                    await work()
 
-        async def activity() -> None:
-            if previous is not None:
-                await asyncio.wait([previous])  # a stopped task may still be letting go
-            with structlog.contextvars.bound_contextvars(round=task.round, task=task.task_id):
-                await work
+        def ended(activity: asyncio.Task[None]) -> None:
+            if self._activities.get(task.task_id) is activity:
+                del self._activities[task.task_id]
+            self._notice(activity)
 
-        self._activity = asyncio.create_task(activity())
-        self._activity.add_done_callback(self._notice)
+        self._activities[task.task_id] = activity = asyncio.create_task(act())
+        activity.add_done_callback(ended)
 
     def _notice(self, activity: asyncio.Task[None]) -> None:
+        self._endings.discard(activity)
         error = None if activity.cancelled() else activity.exception()
         if error is not None and not self.failed.done():
             self.failed.set_exception(error)
 
-    def _stop(self) -> None:
-        if self._working:
+    def _stop(self, task_id: str) -> None:
+        if self._working == task_id:
             ending = asyncio.create_task(self._worker.cancel(CANCEL_GRACE_S))
+            self._endings.add(ending)
             ending.add_done_callback(self._notice)
-        elif self._activity is not None:
-            self._activity.cancel()
+        elif task_id in self._activities:
+            self._activities[task_id].cancel()
 
     async def _fetch(self, task: pb.TaskAssigned) -> None:
         digest, path = task.model_digest, self._model_path(task.model_digest)
@@ -207,9 +221,15 @@ class Learner:
         if not here:
             for old in path.parent.glob("*.model"):
                 old.unlink()
-            await self._bulk.download(
-                digest, path, on_progress=partial(self._progress, task, "fetching")
-            )
+            try:
+                await self._bulk.download(
+                    digest, path, on_progress=partial(self._progress, task, "fetching")
+                )
+            except DownloadRefused as error:  # as when the round is long over
+                _log.error("no model", why=str(error))
+                reason = f"the controller has not given the model: {error}"
+                self._handle([t.Failed(task.task_id, reason)])
+                return
         self._fetched = digest
         self._handle([t.Fetched(task.task_id)])
 
@@ -217,7 +237,7 @@ class Learner:
         def on_progress(progress: Progress) -> None:
             self._progress(task, "working", progress.fraction, progress.metrics)
 
-        self._working = True
+        self._working = task.task_id
         try:
             result = await self._worker.run(self._job(task), on_progress)
         except TrainingCancelled as error:
@@ -228,7 +248,9 @@ class Learner:
             self._handle([t.Failed(task.task_id, str(error))])
             return
         finally:
-            self._working = False
+            self._working = ""
+            if task.task_id not in self._tasks.jobs:
+                self._sweep()
         self._handle([t.Done(task.task_id, _outcome(result))])
 
     async def _upload(self, task: pb.TaskAssigned, digest: bytes) -> None:
@@ -280,6 +302,12 @@ class Learner:
             ),
         )
 
+    def _sweep(self) -> None:
+        """Delete the updates of tasks that are over; work that was stopped may still write one."""
+        for path in (self._home / "outbox").iterdir():
+            if path.name.rpartition(".update")[0] not in self._tasks.jobs:
+                path.unlink()
+
     def _model_path(self, digest: bytes) -> Path:
         return self._home / "models" / f"{digest.hex()}.model"
 
@@ -289,7 +317,14 @@ class Learner:
 
 def _event_of(record: Record) -> t.Event | None:
     """Translate a record into an event of ours; what is not for a learner is None."""
-    message = decode(record.type, record.payload)
+    try:
+        message = decode(record.type, record.payload)
+    except PeerError as error:
+        _log.warning("event refused", publisher=record.publisher, why=str(error))
+        return None
+    if not may_send(record.publisher, message):
+        _log.warning("event refused", publisher=record.publisher, why=f"it sends {record.type}")
+        return None
     if isinstance(message, pb.TaskAssigned):
         return t.Assigned(message)
     if isinstance(message, pb.TaskCancelled):

@@ -16,6 +16,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = [
     "Assigned",
@@ -207,7 +208,9 @@ def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
         return tasks, ()
     if isinstance(event, Failed):
         failed = pb.TaskFailed(
-            task_id=event.task_id, learner=tasks.learner, reason=event.reason[:2_000]
+            task_id=event.task_id,
+            learner=tasks.learner,
+            reason=event.reason[:REASON_CHARACTERS_MAX],
         )
         return _report(tasks, job, failed)
     if isinstance(event, Fetched) and job.stage is Stage.FETCHING:

@@ -51,6 +51,7 @@ __all__ = ["main"]
 
 PROGRESS_INTERVAL_S: Final = 0.1
 METRICS_MAX: Final = 256  # as an event may carry
+COUNT_MAX: Final = 2**53
 REASON_CHARACTERS_MAX: Final = 2000
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -90,7 +91,9 @@ class _Channel:
         return pickle.loads(self._exactly(*LENGTH.unpack(self._exactly(LENGTH.size))))
 
     def _exactly(self, count: int) -> bytes:
-        data = self._frames.read(count)
+        data = b""
+        with contextlib.suppress(ConnectionError):  # it was killed before it had read all of ours
+            data = self._frames.read(count)
         if len(data) < count:  # the parent is gone
             os._exit(0)
         return data
@@ -160,8 +163,9 @@ class _Jobs:
         if difference:
             raise UserError(f"training changed the model's form: {difference}")
         metrics = _checked(trained.metrics)
+        examples, batches = _count(trained.examples), _count(trained.batches)
         digest = _write(job.update_path, trained.tensors, training_s)
-        return Result(digest, trained.examples, trained.batches, metrics, training_s)
+        return Result(digest, examples, batches, metrics, training_s)
 
     def _evaluate(self, job: Job, tensors: Sequence[Tensor]) -> Result:
         started_s = time.perf_counter()
@@ -172,14 +176,14 @@ class _Jobs:
             job.keep_folder.mkdir(parents=True, exist_ok=True)
             with app_code(f"the model could not be saved to {job.keep_folder}"):
                 self._trainer.save(tensors, job.keep_folder)
-        return Result(b"", scored.examples, 0, _checked(scored.metrics), training_s)
+        return Result(b"", _count(scored.examples), 0, _checked(scored.metrics), training_s)
 
     def _on_progress(self, fraction: float, metrics: Mapping[str, float]) -> None:
         now_s = time.monotonic()
         if now_s - self._progress_sent_s >= PROGRESS_INTERVAL_S:
             self._progress_sent_s = now_s
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            some = dict(itertools.islice(finite.items(), METRICS_MAX))
+            fit = ((k, v) for k, v in metrics.items() if 0 < len(k) <= 128 and math.isfinite(v))
+            some = dict(itertools.islice(fit, METRICS_MAX))
             self._channel.send(Progress(min(1.0, max(0.0, fraction)), some))
 
 
@@ -190,6 +194,13 @@ def _write(path: Path, tensors: Sequence[Tensor], work_s: float) -> bytes:
     if durable:
         sync_folder(path.parent)
     return digest
+
+
+def _count(number: int) -> int:
+    """A number of examples or batches of an app's own trainer, as an event may carry it."""
+    if not 0 <= number <= COUNT_MAX or number != int(number):
+        raise UserError(f"the trainer reports {number} examples or batches; 0 to 2^53 are allowed")
+    return int(number)
 
 
 def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -209,7 +220,8 @@ def _failures(channel: _Channel) -> Iterator[None]:
     """Send what goes wrong inside as a Failure, with the traceback on stderr if the app did it."""
 
     def fail(reason: str, fault: Fault) -> None:
-        channel.send(Failure(reason[:REASON_CHARACTERS_MAX], fault))
+        text = reason.encode(errors="replace").decode()  # a file's name may be no text
+        channel.send(Failure(text[:REASON_CHARACTERS_MAX], fault))
 
     try:
         yield
