@@ -17,6 +17,7 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
+from metisfl.deploy import logs
 from metisfl.deploy.driver import drive
 from metisfl.deploy.screen import LineScreen
 from metisfl.deploy.settings import ANY_PORT, App, Federation, Learner, Training
@@ -53,6 +54,7 @@ def command(argv: list[str]) -> int:
         live=ANY_PORT,
         bulk=ANY_PORT,
     )
+    logs.configure("metisfl", level="warning")
     with tempfile.TemporaryDirectory(prefix="metisfl-bench-") as folder:
         stopwatch = _Stopwatch(options.rounds)
         asyncio.run(drive(federation, Path(folder) / "run", stopwatch))

@@ -29,7 +29,16 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit what the block wrote, all of it or nothing."""
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
+    """Commit what the block wrote, all of it or nothing.
+
+    Raises MachineError if the disk or another process does not let it.
+    """
+    try:
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+    except sqlite3.OperationalError as error:
+        path = connection.execute("PRAGMA database_list").fetchone()[2]
+        raise MachineError(
+            f"{path}: {error}; make room or repair the disk, and let no other process use the file"
+        ) from error

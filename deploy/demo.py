@@ -23,7 +23,6 @@ from metisfl.proto.errors import MachineError
 __all__ = ["command"]
 
 EXAMPLE: Final = Path(__file__).parent / "examples" / "heart_disease"
-LISTENING_BYTES_MAX: Final = 1 << 20
 
 
 def command(argv: list[str]) -> int:
@@ -96,10 +95,11 @@ async def _train_alone(federation: Federation) -> dict[str, float]:
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
-    assert process.stdout is not None
-    answer = await process.stdout.read(LISTENING_BYTES_MAX)
-    if code := await process.wait():
-        raise MachineError(f"training alone ended with exit code {code}; it says why above")
+    answer, _ = await process.communicate()
+    if process.returncode:
+        raise MachineError(
+            f"training alone ended with exit code {process.returncode}; it says why above"
+        )
     by_source: Mapping[str, float] = json.loads(answer)
     return {learner.name: by_source[learner.data] for learner in federation.learners}
 

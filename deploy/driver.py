@@ -19,23 +19,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 
-from metisfl.deploy import processes
+from metisfl.deploy import logs, processes
 from metisfl.deploy.database import open_database
-from metisfl.deploy.run import StopSignal, run
+from metisfl.deploy.run import Interrupted, StopSignal, run
 from metisfl.deploy.run_folder import RunFolder, create_run_folder
 from metisfl.deploy.screen import Screen, screen_for
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.deploy.view import View, shown_metric
 from metisfl.deploy.watch import RunFailed, new_view, watch
-from metisfl.proto.errors import MachineError, MetisError
+from metisfl.proto.errors import MachineError
 
 __all__ = ["Outcome", "command", "drive", "up"]
-
-
-class Interrupted(MetisError):
-    """The user ended the run."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +77,7 @@ async def drive(federation: Federation, folder: Path, screen: Screen | None = No
                 screen=shown,
                 meanwhile=_notice_losses(daemons, federation, shown),
             )
-        model = _keep_model(run_folder, view.run_id)
+        model = _keep_model(run_folder, view)
     finally:
         await processes.stop_all(daemons)
     return Outcome(
@@ -156,11 +150,11 @@ async def _notice_losses(
             wait.cancel()
 
 
-def _keep_model(run_folder: RunFolder, run_id: str) -> Path:
+def _keep_model(run_folder: RunFolder, view: View) -> Path:
     """Copy the final model, which every learner has written at its site, into the run folder."""
     target = run_folder.folder / "model"
-    for home in run_folder.learners.values():
-        written = home / "final" / run_id
+    for name in sorted(view.evaluated):  # who has reported has written all of it
+        written = run_folder.learners[name] / "final" / view.run_id
         if (written / "model.npz").exists():
             shutil.copytree(written, target)
             return target
@@ -172,6 +166,7 @@ def up(federation: Federation, folder: Path) -> Outcome:
     outcomes: list[Outcome] = []
 
     async def until_stopped(stop: StopSignal) -> None:
+        logs.configure("metisfl", level="warning")
         driving = asyncio.ensure_future(drive(federation, folder))
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait({driving, stopped}, return_when=asyncio.FIRST_COMPLETED)

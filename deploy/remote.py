@@ -13,9 +13,10 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+from metisfl.deploy import logs
 from metisfl.deploy.database import open_database
 from metisfl.deploy.keys import load_identity, load_servers
-from metisfl.deploy.run import StopSignal, first_end, run
+from metisfl.deploy.run import Interrupted, StopSignal, first_end, run
 from metisfl.deploy.screen import screen_for
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.deploy.view import View, shown_metric
@@ -49,13 +50,17 @@ def command(argv: list[str]) -> int:
     views: list[View] = []
 
     async def until_stopped(stop: StopSignal) -> None:
+        logs.configure("metisfl", level="warning")
+
         async def follow() -> None:
             views.append(await _follow(federation, options.home))
 
         await first_end([asyncio.ensure_future(part) for part in (follow(), stop.wait())])
+        if not views:
+            raise Interrupted("interrupted; what has begun of the run goes on without you")
 
     code = run("metisfl", until_stopped)
-    if code or not views:
+    if code:
         return code
     seconds = time.monotonic() - started
     if options.json:
@@ -75,6 +80,9 @@ async def _follow(federation: Federation, home: Path) -> View:
         raise UserError(f"{home}/keys holds the key of {identity.principal}; only a driver asks")
     if "broker" not in servers:
         raise UserError(f"{home}/keys/servers has no line for the broker")
+    # What an earlier command asked for and the broker never got is not asked for any more.
+    for left in home.glob("driver.db*"):
+        left.unlink()
     view = new_view(federation)
     with screen_for(view) as screen, closing(open_database(home / "driver.db")) as connection:
         return await watch(

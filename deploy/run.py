@@ -23,6 +23,7 @@ from metisfl.proto.errors import MachineError, MetisError
 __all__ = [
     "PARENT_VARIABLE",
     "ExitCode",
+    "Interrupted",
     "PollableStop",
     "StopSignal",
     "exit_with_parent",
@@ -41,6 +42,12 @@ DEFECT_EXIT_CODE = 70
 INTERRUPTED_EXIT_CODE = 130
 PARENT_VARIABLE = "METISFL_EXIT_WITH_PARENT"  # its value is the parent's process id
 PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(MetisError):
+    """The user ended a command before it had what was asked for."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
 
 
 class ExitCode:

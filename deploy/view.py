@@ -109,7 +109,7 @@ def lines(before: View, message: Message) -> list[str]:
     if isinstance(message, pb.LeaseEnded):
         return [f"{message.learner} was silent for {message.silent_s:.0f} s"]
     over = isinstance(message, (pb.RoundOpened, pb.RunFinished)) and message.run_id == before.run_id
-    if over and before.closed is not None:
+    if over and before.closed is not None and before.closed.round == before.round:
         return [_round_line(before, before.closed)]
     return []
 

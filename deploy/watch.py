@@ -13,8 +13,6 @@ from datetime import datetime, timezone
 from types import MappingProxyType
 from typing import Any
 
-from google.protobuf.message import Message
-
 from metisfl import __version__
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
 from metisfl.deploy.database import transaction
@@ -25,10 +23,10 @@ from metisfl.deploy.settings import Federation
 from metisfl.deploy.view import LearnerView, View
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
-from metisfl.proto.errors import MetisError
-from metisfl.proto.events import decode
+from metisfl.proto.errors import MetisError, PeerError
+from metisfl.proto.events import decode, may_send
 
-__all__ = ["RunFailed", "new_view", "watch"]
+__all__ = ["Follower", "RunFailed", "new_view", "watch"]
 
 
 class RunFailed(MetisError):
@@ -79,7 +77,7 @@ async def watch(
                 correlation_id=view.run_id,
             )
         client.flush()
-        follower = _Follower(client, federation.name, view, screen)
+        follower = Follower(client, federation.name, view, screen)
         parts = [follower.follow(), follower.listen()]
         if meanwhile is not None:
             parts.append(meanwhile)
@@ -108,7 +106,7 @@ def _run_started(federation: Federation, view: View) -> pb.RunStarted:
     )
 
 
-class _Follower:
+class Follower:
     """Keeps a view up to date with the log and the beats, and shows it."""
 
     def __init__(self, client: BrokerClient, federation: str, view: View, screen: Screen) -> None:
@@ -116,20 +114,31 @@ class _Follower:
         self._client = client
         self._federation = federation
         self._screen = screen
+        self._ignored: set[str] = set()
 
     async def listen(self) -> None:
         """Take what the learners say of themselves, for ever."""
         async for beat in self._client.beats(f"{self._federation}/beat/"):
-            self._take(decode(beat.type, beat.payload), 0)
+            subject = topics.parse_topic(beat.topic).subject
+            self._take(beat.type, beat.payload, f"learner:{subject}", 0)
 
     async def follow(self) -> None:
         """Return when the run is finished."""
         async for batch in self._client.records(topics.federation_lane(self._federation)):
             for record in batch.records:
-                self._take(decode(record.type, record.payload), record.logged_unix_ns)
+                self._take(record.type, record.payload, record.publisher, record.logged_unix_ns)
             if self.view.finished is not None:
                 return
 
-    def _take(self, message: Message, logged_unix_ns: int) -> None:
+    def _take(self, kind: str, payload: bytes, publisher: str, logged_unix_ns: int) -> None:
+        try:
+            message = decode(kind, payload)
+            if not may_send(publisher, message):
+                raise PeerError(f"{kind} is not its to send")
+        except PeerError as error:
+            if self.view.started and publisher not in self._ignored:
+                self._ignored.add(publisher)  # one line for each, however many it sends
+                self._screen.say(f"events of {publisher} are ignored: {error}")
+            return
         before, self.view = self.view, self.view.after(message)
         self._screen.show(before, self.view, message, logged_unix_ns)

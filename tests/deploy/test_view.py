@@ -46,13 +46,16 @@ def test_a_round_is_told_in_one_line_when_it_is_over() -> None:
     line = "round 1 of 3: 2 of 2 counted, test accuracy 0.625"
     assert lines(view, pb.RoundOpened(run_id="r", round=2)) == [line]
     assert lines(view, pb.RunFinished(run_id="r")) == [line]
+    later = view.after(pb.RoundOpened(run_id="r", round=2))
+    assert lines(later, pb.RunFinished(run_id="r")) == [], "a round is told once"
 
 
 def test_a_round_that_nobody_scored_is_told_all_the_same() -> None:
     message = closed(2)
     message.missing.add(learner="cyd", reason="silent for 31.0 s, longer than its lease")
     silent = pb.LeaseEnded(task_id="t", learner="cyd", silent_s=31.2)
-    _, printed = seen(silent, message, pb.RunFinished(run_id="r"))
+    opened = pb.RoundOpened(run_id="r", round=2)
+    _, printed = seen(opened, silent, message, pb.RunFinished(run_id="r"))
     assert printed == ["cyd was silent for 31 s", "round 2 of 3: 2 of 3 counted"]
 
 

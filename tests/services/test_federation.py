@@ -85,11 +85,12 @@ def test_each_trouble_hurts_only_its_own_site_and_is_named(tmp_path: Path) -> No
 
 
 def test_a_site_that_hangs_is_out_of_the_round_when_its_lease_ends(tmp_path: Path) -> None:
-    sites = {"ada": "honest 1", "bob": "hangs", "cyd": "honest 3"}
-    outcome = run(tmp_path, sites, quorum=2, lease_s=2.0, rounds=1)
+    sites = {"ada": "honest 1", "bob": "hangs", "cyd": "slow 3"}
+    outcome = run(tmp_path, sites, quorum=2, lease_s=5.0, rounds=1)
     record = records(outcome.folder)[1]
-    assert [c.learner for c in record.counted] == ["ada", "cyd"]
-    assert "silent for 2." in record.missing[0].reason
+    assert [c.learner for c in record.counted] == ["ada", "cyd"], "progress renews a lease"
+    assert record.counted[1].training_s > 5.0
+    assert "silent for 5." in record.missing[0].reason
 
 
 def test_a_run_without_quorum_fails_and_says_why(tmp_path: Path) -> None:

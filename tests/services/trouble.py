@@ -16,6 +16,7 @@ from metisfl.learner.trainer import EvaluateResult, TrainResult
 from metisfl.proto.tensors import Tensor
 
 VALUES = 5_000
+SLOW_S = 6.0
 
 
 class Site:
@@ -38,6 +39,10 @@ class Site:
         if self.trouble == "crash":
             os.kill(os.getpid(), 11)
         while self.trouble == "hangs":
+            time.sleep(0.01)
+        slow_until = time.monotonic() + SLOW_S
+        while self.trouble == "slow" and time.monotonic() < slow_until:
+            progress(0.5, {})
             time.sleep(0.01)
         value = np.nan if self.trouble == "nan" else np.float32(self.examples)
         return TrainResult([Tensor("w", w.array + value, True)], self.examples, 1, {"loss": 0.5})
