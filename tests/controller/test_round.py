@@ -342,6 +342,7 @@ def test_a_learner_that_leaves_is_not_waited_for_and_may_come_back() -> None:
     assert [m.reason for m in counted(world.log)[-1].missing] == ["left: reboot"]
     assert {t.learner for t in world.run.tasks.values()} == {"ada", "bob"}
     world.log_event(pb.LearnerJoined(learner="cyd"), "learner:cyd")
+    world.perform_all()
     for name in ("ada", "bob"):
         world.complete(f"r1.1.evaluate.{name}")
     world.perform_all()

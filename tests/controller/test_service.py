@@ -47,7 +47,7 @@ class Around:
     def __init__(self, outbox: Outbox, spool: Spool) -> None:
         self._lane: asyncio.Queue[Batch] = asyncio.Queue()
         self._outbox, self._spool = outbox, spool
-        self._sent = self._logged = 0
+        self._sent, self._logged = outbox.last(), 0
         self._drained = False
         self._keys: set[str] = set()
         self.replayed: list[Batch] = []
