@@ -19,12 +19,20 @@ from google.protobuf.message import Message
 
 from metisfl.deploy import logs
 from metisfl.deploy.driver import drive
+from metisfl.deploy.options import whole_number
 from metisfl.deploy.screen import LineScreen
 from metisfl.deploy.settings import ANY_PORT, App, Federation, Learner, Training
 from metisfl.deploy.view import View
 from metisfl.proto import events_pb2 as pb
 
 __all__ = ["command"]
+
+# The bounds are those of a federation file and of the instant application.
+SIZES = (
+    ("--learners", 1000, 10, "processes that answer at once"),
+    ("--params", 1 << 32, 1000, "parameters of the model"),
+    ("--rounds", 100_000, 20, "how many to measure"),
+)
 
 
 def command(argv: list[str]) -> int:
@@ -33,9 +41,14 @@ def command(argv: list[str]) -> int:
         prog="metisfl bench round",
         description="Run a federation whose learners return at once, and measure the rounds.",
     )
-    parser.add_argument("--learners", type=int, default=10, metavar="N", help="default: 10")
-    parser.add_argument("--params", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
+    for flag, most, default, what in SIZES:
+        parser.add_argument(
+            flag,
+            type=whole_number(1, most),
+            default=default,
+            metavar="N",
+            help=f"{what} (default: {default})",
+        )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args(argv)
     federation = Federation(

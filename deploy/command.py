@@ -20,7 +20,7 @@ from metisfl.proto.errors import MachineError, UserError
 __all__ = ["dispatch", "main"]
 
 COMMANDS_GROUP = "metisfl.commands"
-ABOUT = "Event-driven federated learning with encrypted aggregation."
+ABOUT = "Federated learning: sites train one model together, and their data stay where they are."
 HELP_OPTIONS = ("-h", "--help")
 
 

@@ -16,7 +16,7 @@ from metisfl import __version__
 from metisfl.proto.errors import UserError
 from metisfl.proto.topics import check_name
 
-__all__ = ["BULK", "INGRESS", "LIVE", "add_option", "daemon_parser", "name_of"]
+__all__ = ["BULK", "INGRESS", "LIVE", "add_option", "daemon_parser", "name_of", "whole_number"]
 
 INGRESS = "tcp://127.0.0.1:5570"
 LIVE = "tcp://127.0.0.1:5571"
@@ -70,5 +70,20 @@ def name_of(what: str) -> Callable[[str], str]:
             return check_name(text, what)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+
+    return check
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return an argparse type for a whole number from `least` to `most`."""
+
+    def check(text: str) -> int:
+        digits = text.isascii() and text.isdigit() and len(text) <= 20
+        if not digits or not least <= int(text) <= most:
+            shown = repr(text if len(text) <= 40 else f"{text[:37]}...")
+            raise argparse.ArgumentTypeError(
+                f"{shown} cannot be; allowed is a whole number from {least} to {most}"
+            )
+        return int(text)
 
     return check

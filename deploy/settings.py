@@ -101,7 +101,8 @@ def load_federation(path: Path) -> Federation:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}: line {line} is not UTF-8, which TOML must be") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError tells line and column
-        raise UserError(f"{path}: not a TOML file: {error}") from None
+        hint = "; a text stands in quotes" if str(error).startswith("Invalid value") else ""
+        raise UserError(f"{path}: not a TOML file: {error}{hint}") from None
 
 
 def _read(path: Path) -> bytes:
@@ -196,7 +197,11 @@ def _choice(*allowed: str) -> Check:
 
 def _object(path: str, value: object) -> str:
     if not isinstance(value, str) or not OBJECT.fullmatch(value):
-        raise _refused(path, value, '"package.module:object"')
+        raise _refused(path, value, '"package.module:object"; its folder is app.path')
+    module = value.partition(":")[0]
+    if module.endswith(".py"):  # a file's name, where Python wants a module's
+        meant = value.replace(".py:", ":", 1)
+        raise _refused(path, value, f'a module without its ".py": "{meant}"')
     return value
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from metisfl.deploy import command
+from metisfl.deploy import bench_round, command
 from metisfl.proto.errors import MachineError, PeerError, UserError
 
 MODULES = {
@@ -145,3 +145,22 @@ def test_benches_are_found_in_their_own_group(capsys: pytest.CaptureFixture[str]
     assert "heavy" in printed
     assert command.main(["bench", "heavi"]) == 2
     assert "did you mean heavy? `metisfl bench --help`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("--learners", "0", "1 to 1000"),
+        ("--learners", "1001", "1 to 1000"),
+        ("--params", "-3", "1 to 4294967296"),
+        ("--rounds", "ten", "1 to 100000"),
+        ("--rounds", "9" * 5000, "1 to 100000"),
+    ],
+)
+def test_a_bench_of_a_size_that_cannot_be_starts_no_process(
+    flag: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_round.command([flag, value])
+    assert ended.value.code == 2
+    assert f"cannot be; allowed is a whole number from {allowed}" in capsys.readouterr().err

@@ -153,6 +153,9 @@ REFUSED = [
     ("[[learners]]", "[[learner]]", "learner: no such key; did you mean 'learners'?"),
     ("rounds = 20", "rounds = 20\nrounds = 21", "not a TOML file: "),
     ("rounds = 20", "rounds =", "line 3"),
+    ('name = "hearts"', "name = hearts", "(at line 2, column 8); a text stands in quotes"),
+    ('"hearts.app:Hearts"', '"hearts/app:Hearts"', "its folder is app.path"),
+    ('"hearts.app:Hearts"', '"app.py:Hearts"', 'a module without its ".py": "app:Hearts"'),
 ]
 
 
