@@ -48,6 +48,7 @@ def test_a_round_is_told_in_one_line_when_it_is_over() -> None:
     assert lines(view, pb.RunFinished(run_id="r")) == [line]
     later = view.after(pb.RoundOpened(run_id="r", round=2))
     assert lines(later, pb.RunFinished(run_id="r")) == [], "a round is told once"
+    assert later.after(closed(2)).evaluated == {}, "nobody has scored the next model yet"
 
 
 def test_a_round_that_nobody_scored_is_told_all_the_same() -> None:
@@ -74,7 +75,8 @@ def test_learners_are_shown_as_last_heard_of() -> None:
 
 def test_another_run_and_strangers_change_nothing() -> None:
     other = pb.RoundClosed(run_id="another", round=9)
-    view, printed = seen(other, pb.LearnerJoined(learner="mallory"), scored("mallory", 1.0, 9))
+    end = pb.RunFinished(run_id="another")
+    view, printed = seen(other, end, pb.LearnerJoined(learner="mallory"), scored("mallory", 1.0, 9))
     assert view == START
     assert printed == ["mallory has joined"]
 

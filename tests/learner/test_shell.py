@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from google.protobuf.message import Message
 
@@ -17,10 +18,12 @@ from metisfl.learner.shell import Learner
 from metisfl.learner.state import TaskTable
 from metisfl.learner.task import Stage
 from metisfl.learner.transfer import DownloadRefused
-from metisfl.learner.worker import TrainingCancelled
+from metisfl.learner.worker import Result, TrainingCancelled
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.envelope import parse_envelope
 from metisfl.proto.events import decode, encode
+from metisfl.proto.model_file import write_model
+from metisfl.proto.tensors import Tensor
 
 DEADLINE_S = 10.0
 LANE = "f/task/ada/"
@@ -46,6 +49,7 @@ class Around:
         self.lane: asyncio.Queue[Batch] = asyncio.Queue()
         self.asked: asyncio.Queue[tuple[str, object]] = asyncio.Queue()
         self.refuse_models = False
+        self.trains_at_once = False
         self.cancelled = asyncio.Event()
         self._read = 0
 
@@ -74,11 +78,17 @@ class Around:
             raise DownloadRefused("no model of this digest here")
         self.asked.put_nowait(("download", digest[0]))
 
+    async def upload(self, task_id: str, path: Path, **_: object) -> None:
+        self.asked.put_nowait(("upload", path.name))
+        await asyncio.get_running_loop().create_future()
+
     # the training process: it works until it is cancelled, and writes its update even then
     async def start(self) -> None: ...
 
-    async def run(self, job: Any, on_progress: object) -> None:
+    async def run(self, job: Any, on_progress: object) -> Result:
         self.asked.put_nowait(("train", job.update_path.name))
+        if self.trains_at_once:
+            return Result(write_model(job.update_path, [Tensor("w", np.ones(3), True)]), 5, 1)
         await self.cancelled.wait()
         self.cancelled.clear()
         job.update_path.write_bytes(b"too late")
@@ -221,5 +231,24 @@ def test_updates_of_tasks_that_are_over_are_not_kept(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with site(tmp_path):
             assert list((tmp_path / "outbox").iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_an_update_is_sent_again_after_a_restart_and_made_again_only_if_it_is_lost(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as ada:
+            ada.around.trains_at_once = True
+            ada.around.log(task(1))
+            steps = [(await ada.around.next())[0] for _ in range(3)]
+            assert steps == ["download", "train", "upload"]
+            assert ada.outbox.cursor(LANE) == 1, "saved with the update, before it is sent"
+        async with site(tmp_path) as ada:
+            assert await ada.around.next() == ("upload", "r.1.train.ada.update")
+        (tmp_path / "outbox" / "r.1.train.ada.update").unlink()
+        async with site(tmp_path) as ada:
+            assert [(await ada.around.next())[0] for _ in range(2)] == ["download", "train"]
 
     asyncio.run(scenario())

@@ -30,7 +30,7 @@ def test_tasks_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
             tasks, _ = t.handle(tasks, event)
             table.save(before, tasks)
         assert TaskTable(connection).load("ada") == tasks
-        assert list(tasks.jobs) == [TASK.task_id, "a.2"]
+        assert list(table.load("ada").jobs) == [TASK.task_id, "a.2"]
         before = tasks
         tasks, _ = t.handle(tasks, t.RoundOver("r", 1))
         table.save(before, tasks)

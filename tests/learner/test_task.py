@@ -94,6 +94,19 @@ def test_an_update_that_a_power_cut_took_is_made_again() -> None:
     assert t.handle(tasks, t.Lost("r.1.train")) == (tasks, ()), "once"
 
 
+def test_only_what_belongs_to_a_run_ends_with_it() -> None:
+    other = pb.TaskAssigned()
+    other.CopyFrom(assigned(1))
+    other.task_id, other.run_id = "other.1.train", "other"
+    tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
+    tasks, _ = t.handle(tasks, t.Assigned(other))
+    assert t.handle(tasks, t.RoundOver("a third", 9)) == (tasks, ())
+    tasks, effects = t.handle(tasks, t.RunOver("r"))
+    assert effects == (t.Stop("r.1.train"), t.Discard("r.1.train"), t.Fetch(other))
+    tasks, _ = t.handle(tasks, t.RunOver("other"))
+    assert not tasks.jobs
+
+
 def test_another_learners_task_is_not_taken() -> None:
     assert t.handle(t.Tasks("ada"), t.Assigned(assigned(1, learner="bob"))) == (t.Tasks("ada"), ())
 
