@@ -13,7 +13,12 @@ __all__ = ["record_of"]
 
 
 def record_of(run: Run) -> RoundRecord | None:
-    """Return the record of the round that is over in this state, or None while one is open."""
+    """Return the record of the round that is over in this state, or None while one is open.
+
+    A round that failed has one, too: without a model, and with everyone among the missing.
+    """
+    if run.phase is Phase.FINISHED:
+        return _failed_round(run)
     closed, plan = run.closed, run.plan
     over = all(task.settled for task in run.tasks.values())
     if closed is None or plan is None or run.phase is not Phase.EVALUATING or not over:
@@ -51,4 +56,28 @@ def record_of(run: Run) -> RoundRecord | None:
         evaluation={name: dict(sorted(metrics.items())) for name, metrics in evaluation.items()},
         unevaluated=tuple(unevaluated),
         metrics=pool_metrics(evaluation.values()),
+    )
+
+
+def _failed_round(run: Run) -> RoundRecord | None:
+    """The record of the round that was open when its run ended, if one was."""
+    closed = run.closed is not None and run.closed.round == run.round
+    if run.plan is None or not run.tasks or closed:
+        return None
+    tasks = sorted(run.tasks.values(), key=lambda task: task.learner)
+    over_ns = max(task.settled_ns for task in tasks)
+    return RoundRecord(
+        run_id=run.plan.run_id,
+        round=run.round,
+        model_digest=b"",
+        opened_ns=run.opened_ns,
+        closed_ns=over_ns,
+        evaluated_ns=over_ns,
+        counted=(),
+        missing=tuple(
+            Missing(task.learner, task.reason or "answered, but the round failed") for task in tasks
+        ),
+        evaluation={},
+        unevaluated=(),
+        metrics={},
     )

@@ -43,11 +43,11 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """A closed and evaluated round. Times are Unix ns, as the broker stored the events."""
+    """A round that is over. Times are Unix ns, as the broker stored the events."""
 
     run_id: str
     round: int
-    model_digest: bytes
+    model_digest: bytes  # empty if the round failed
     opened_ns: int
     closed_ns: int
     evaluated_ns: int
