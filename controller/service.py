@@ -32,7 +32,7 @@ from metisfl.controller.scheduling import Fold, Publish, decide, key_of, round_c
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.deploy import logs, run
-from metisfl.deploy.database import open_database, transaction
+from metisfl.deploy.database import open_database, sole_process, transaction
 from metisfl.deploy.keys import load_identity, load_peers, load_servers
 from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of
 from metisfl.proto import events_pb2 as pb
@@ -288,62 +288,63 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     servers = load_servers(home / "keys")
     if "broker" not in servers:
         raise UserError(f"{home}/keys/servers has no line for the broker")
-    store, spool = ModelStore(home / "models"), Spool(home / "spool")
-    connection = open_database(home / "controller.db")
-    outbox = Outbox(connection, "controller")
-    loop = asyncio.get_running_loop()
-    controllers: list[Controller] = []
+    with sole_process(home):
+        store, spool = ModelStore(home / "models"), Spool(home / "spool")
+        connection = open_database(home / "controller.db")
+        outbox = Outbox(connection, "controller")
+        loop = asyncio.get_running_loop()
+        controllers: list[Controller] = []
 
-    def on_stored(task_id: str, digest: bytes, update_bytes: int) -> None:
-        loop.call_soon_threadsafe(controllers[0].on_stored, task_id, digest, update_bytes)
+        def on_stored(task_id: str, digest: bytes, update_bytes: int) -> None:
+            loop.call_soon_threadsafe(controllers[0].on_stored, task_id, digest, update_bytes)
 
-    def on_refused(task_id: str, principal: str, reason: str) -> None:
-        _log.warning("update refused", task=task_id, learner=principal, why=reason)
+        def on_refused(task_id: str, principal: str, reason: str) -> None:
+            _log.warning("update refused", task=task_id, learner=principal, why=reason)
 
-    client = BrokerClient(
-        ingress=options.ingress,
-        live=options.live,
-        keys=ClientKeys(identity.public, identity.secret, servers["broker"]),
-        principal="controller",
-        outbox=outbox,
-        software=SOFTWARE,
-    )
-    bulk = BulkEndpoint(
-        endpoint=options.bulk,
-        identity=identity,
-        peers=load_peers(home / "keys"),
-        store=store,
-        spool=spool,
-        on_stored=on_stored,
-        on_refused=on_refused,
-    )
-    try:
-        async with client:
-            controller = Controller(
-                federation=options.federation,
-                home=home,
-                connection=connection,
-                outbox=outbox,
-                client=client,
-                bulk=bulk,
-                store=store,
-                spool=spool,
-            )
-            controllers.append(controller)
-            bulk.start()
-            run.ready()
-            _log.info("serving", bulk=bulk.endpoint)
-            ends = [
-                asyncio.ensure_future(controller.follow()),
-                asyncio.ensure_future(controller.listen()),
-                asyncio.ensure_future(stop.wait()),
-                asyncio.shield(asyncio.wrap_future(bulk.finished)),
-                controller.failed,
-            ]
-            await run.first_end(ends)
-    finally:
-        bulk.close()
-        connection.close()
+        client = BrokerClient(
+            ingress=options.ingress,
+            live=options.live,
+            keys=ClientKeys(identity.public, identity.secret, servers["broker"]),
+            principal="controller",
+            outbox=outbox,
+            software=SOFTWARE,
+        )
+        bulk = BulkEndpoint(
+            endpoint=options.bulk,
+            identity=identity,
+            peers=load_peers(home / "keys"),
+            store=store,
+            spool=spool,
+            on_stored=on_stored,
+            on_refused=on_refused,
+        )
+        try:
+            async with client:
+                controller = Controller(
+                    federation=options.federation,
+                    home=home,
+                    connection=connection,
+                    outbox=outbox,
+                    client=client,
+                    bulk=bulk,
+                    store=store,
+                    spool=spool,
+                )
+                controllers.append(controller)
+                bulk.start()
+                run.ready()
+                _log.info("serving", bulk=bulk.endpoint)
+                ends = [
+                    asyncio.ensure_future(controller.follow()),
+                    asyncio.ensure_future(controller.listen()),
+                    asyncio.ensure_future(stop.wait()),
+                    asyncio.shield(asyncio.wrap_future(bulk.finished)),
+                    controller.failed,
+                ]
+                await run.first_end(ends)
+        finally:
+            bulk.close()
+            connection.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

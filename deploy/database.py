@@ -6,6 +6,8 @@ one transaction. Transactions are explicit: nothing is committed by accident.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from metisfl.proto.errors import MachineError
 
-__all__ = ["open_database", "transaction"]
+__all__ = ["open_database", "sole_process", "transaction"]
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -25,6 +27,26 @@ def open_database(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise MachineError(f"{path}: {error}; the folder must exist and be writable") from None
     return connection
+
+
+@contextmanager
+def sole_process(home: Path) -> Iterator[None]:
+    """Hold a daemon's folder for this process. Raises MachineError if another one has it."""
+    path = home / "lock"
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MachineError(f"{path}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MachineError(
+            f"{home} is in use by another process: stop that one, or give this one another --home"
+        ) from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import structlog
 
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
 from metisfl.deploy import logs, run
-from metisfl.deploy.database import open_database
+from metisfl.deploy.database import open_database, sole_process
 from metisfl.deploy.keys import load_identity, load_servers
 from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of
 from metisfl.learner.shell import SOFTWARE, Learner
@@ -38,42 +38,43 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     for server in ("broker", "controller"):
         if server not in servers:
             raise UserError(f"{home}/keys/servers has no line for the {server}")
-    connection = open_database(home / "learner.db")
-    outbox = Outbox(connection, principal)
-    worker = Worker(app=options.app, path=options.path, source=options.data or options.name)
-    bulk = BulkClient(
-        options.bulk,
-        ClientKeys(identity.public, identity.secret, servers["controller"]),
-        federation=options.federation,
-    )
-    client = BrokerClient(
-        ingress=options.ingress,
-        live=options.live,
-        keys=ClientKeys(identity.public, identity.secret, servers["broker"]),
-        principal=principal,
-        outbox=outbox,
-        software=SOFTWARE,
-    )
-    try:
-        async with client, bulk:
-            learner = Learner(
-                name=options.name,
-                federation=options.federation,
-                home=home,
-                connection=connection,
-                outbox=outbox,
-                client=client,
-                bulk=bulk,
-                worker=worker,
-            )
-            run.ready()
-            try:
-                await _until_stopped(learner, options, stop)
-            finally:
-                await learner.end()
-    finally:
-        await worker.close()
-        connection.close()
+    with sole_process(home):
+        connection = open_database(home / "learner.db")
+        outbox = Outbox(connection, principal)
+        worker = Worker(app=options.app, path=options.path, source=options.data or options.name)
+        bulk = BulkClient(
+            options.bulk,
+            ClientKeys(identity.public, identity.secret, servers["controller"]),
+            federation=options.federation,
+        )
+        client = BrokerClient(
+            ingress=options.ingress,
+            live=options.live,
+            keys=ClientKeys(identity.public, identity.secret, servers["broker"]),
+            principal=principal,
+            outbox=outbox,
+            software=SOFTWARE,
+        )
+        try:
+            async with client, bulk:
+                learner = Learner(
+                    name=options.name,
+                    federation=options.federation,
+                    home=home,
+                    connection=connection,
+                    outbox=outbox,
+                    client=client,
+                    bulk=bulk,
+                    worker=worker,
+                )
+                run.ready()
+                try:
+                    await _until_stopped(learner, options, stop)
+                finally:
+                    await learner.end()
+        finally:
+            await worker.close()
+            connection.close()
 
 
 async def _until_stopped(

@@ -251,6 +251,8 @@ class Learner:
             self._working = ""
             if task.task_id not in self._tasks.jobs:
                 self._sweep()
+        done = {pb.INITIALISE: "built the model", pb.TRAIN: "trained", pb.EVALUATE: "evaluated"}
+        _log.info(done[task.kind], examples=result.examples, seconds=round(result.training_s, 3))
         self._handle([t.Done(task.task_id, _outcome(result))])
 
     async def _upload(self, task: pb.TaskAssigned, digest: bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metisfl.deploy.database import open_database, transaction
+from metisfl.deploy.database import open_database, sole_process, transaction
 from metisfl.proto.errors import MachineError
 
 
@@ -37,3 +37,14 @@ def test_every_commit_is_on_disk_before_it_returns(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_the_machines_fault(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="the folder must exist"):
         open_database(tmp_path / "missing" / "db")
+
+
+def test_a_home_has_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        sole_process(tmp_path),
+        pytest.raises(MachineError, match="in use by another process"),
+        sole_process(tmp_path),
+    ):
+        pass
+    with sole_process(tmp_path):
+        pass

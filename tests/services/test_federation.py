@@ -57,6 +57,12 @@ def test_the_community_model_is_the_weighted_mean_of_the_updates(tmp_path: Path)
     assert [record.round for record in kept] == [0, 1, 2, 3]
     assert [c.learner for c in kept[1].counted] == ["ada", "bob", "cyd"]
     assert [c.weight for c in kept[1].counted] == [1, 2, 5]
+    log = (outcome.folder / "logs" / "bob.log").read_text().splitlines()
+    trained = [line for line in map(json.loads, log) if line["event"] == "trained"]
+    assert [(line["round"], line["learner"], line["federation"]) for line in trained] == [
+        (number, "bob", "trouble") for number in (1, 2, 3)
+    ]
+    assert all(line["task"].endswith(f".{line['round']}.train.bob") for line in trained)
     assert kept[1].opened_ns < kept[1].closed_ns < kept[1].evaluated_ns
 
 
@@ -96,6 +102,11 @@ def test_a_site_that_hangs_is_out_of_the_round_when_its_lease_ends(tmp_path: Pat
 def test_a_run_without_quorum_fails_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"round 1 has 1 updates; the quorum is 2.*no rows left"):
         run(tmp_path, {"ada": "honest 1", "bob": "raises"})
+    failed = records(tmp_path / "run")[-1]
+    assert (failed.round, failed.model_digest, failed.counted) == (1, b"", ())
+    reasons = {one.learner: one.reason for one in failed.missing}
+    assert reasons["ada"] == "answered, but the round failed"
+    assert "no rows left" in reasons["bob"]
 
 
 def test_two_runs_of_three_islands_of_penguins_give_the_same_model(tmp_path: Path) -> None:
