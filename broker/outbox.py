@@ -51,17 +51,24 @@ class Outbox:
     """
 
     def __init__(self, connection: sqlite3.Connection, publisher: str) -> None:
-        """Create the tables. Raises UserError if they belong to another publisher."""
+        """Create the tables.
+
+        Raises UserError if they belong to another publisher, MachineError for a full disk.
+        """
         if connection.in_transaction:
             raise ValueError("an outbox is opened outside of transactions")
         self._connection = connection
-        for table in _TABLES:
-            connection.execute(table)
-        connection.execute(
-            "insert or ignore into outbox_epoch values (1, ?, ?, 0)", (publisher, time.time_ns())
-        )
-        if connection.in_transaction:
-            connection.commit()
+        try:
+            for table in _TABLES:
+                connection.execute(table)
+            connection.execute(
+                "insert or ignore into outbox_epoch values (1, ?, ?, 0)",
+                (publisher, time.time_ns()),
+            )
+            if connection.in_transaction:
+                connection.commit()
+        except sqlite3.OperationalError as error:
+            raise MachineError(f"the outbox of {publisher}: {error}; make room") from error
         owner, epoch, acked = connection.execute(
             "select publisher, epoch, acked from outbox_epoch"
         ).fetchone()

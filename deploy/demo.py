@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from metisfl.deploy.driver import Outcome, new_run_folder, up
 from metisfl.deploy.settings import Federation, load_federation
-from metisfl.proto.errors import MachineError
+from metisfl.proto.errors import MachineError, UserError
 
 __all__ = ["command"]
 
@@ -61,6 +61,8 @@ def command(argv: list[str]) -> int:
 
 def _write_example(folder: Path, rounds: int | None, seed: int | None) -> Path:
     """Copy the example into `folder` and return the path of its federation file."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; the demo needs a folder of its own")
     try:
         shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     except OSError as error:

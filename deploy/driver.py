@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,9 +28,14 @@ from metisfl.deploy.screen import Screen, screen_for
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.deploy.view import View, shown_metric
 from metisfl.deploy.watch import RunFailed, new_view, watch
-from metisfl.proto.errors import MachineError
+from metisfl.proto.errors import MachineError, MetisError, PeerError, UserError
 
 __all__ = ["Outcome", "command", "drive", "up"]
+
+# A daemon that ended by itself said whose fault it was; all else is this machine's.
+FAULTS: Mapping[int, type[MetisError]] = MappingProxyType(
+    {error.exit_code: error for error in (UserError, PeerError)}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ async def drive(federation: Federation, folder: Path, screen: Screen | None = No
                 connection=connection,
                 view=view,
                 screen=shown,
-                meanwhile=_notice_losses(daemons, federation, shown),
+                meanwhile=partial(_notice_losses, daemons, federation, shown),
             )
         model = _keep_model(run_folder, view)
     finally:
@@ -143,7 +149,8 @@ async def _notice_losses(
                 lost = waits[wait]
                 spare -= 1
                 if lost.name in ("broker", "controller") or spare < 0:
-                    raise MachineError(processes.last_words(lost))
+                    fault = FAULTS.get(lost.process.returncode or 0, MachineError)
+                    raise fault(processes.last_words(lost))
                 screen.say(processes.last_words(lost))
     finally:
         for wait in pending:
@@ -211,8 +218,8 @@ def command(argv: list[str]) -> int:
 
 
 def new_run_folder(name: str) -> Path:
-    """runs/<name>-<UTC time>, which does not exist yet."""
-    return Path("runs") / f"{name}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    """runs/<name>-<UTC time to the microsecond>, so that no two commands share one."""
+    return Path("runs") / f"{name}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:

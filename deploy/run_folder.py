@@ -37,6 +37,8 @@ class RunFolder:
 
 def create_run_folder(folder: Path, learners: list[str]) -> RunFolder:
     """Make the folders and keys of a run. Raises UserError if `folder` has content already."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a run needs a folder of its own")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; a run needs a folder of its own")
     homes = {name: folder / "learners" / name for name in learners}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timezone
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +54,7 @@ async def watch(
     connection: sqlite3.Connection,
     view: View,
     screen: Screen,
-    meanwhile: Coroutine[Any, Any, None] | None = None,
+    meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> View:
     """Return the view of the completed run. Raises RunFailed, or what `meanwhile` raises.
 
@@ -80,7 +80,7 @@ async def watch(
         follower = Follower(client, federation.name, view, screen)
         parts = [follower.follow(), follower.listen()]
         if meanwhile is not None:
-            parts.append(meanwhile)
+            parts.append(meanwhile())
         await first_end([asyncio.ensure_future(part) for part in parts])
     finished = follower.view.finished
     assert finished is not None

@@ -36,4 +36,6 @@ def test_a_folder_with_content_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not empty"):
         create_run_folder(tmp_path, ["ada"])
+    with pytest.raises(UserError, match="is a file"):
+        create_run_folder(tmp_path / "notes.txt", ["ada"])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
