@@ -10,7 +10,6 @@ Threads: one connection writes, one reads, one checkpoints; each is used by one 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import zlib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from metisfl.broker.sequencer import Batch, Recovered
+from metisfl.deploy.database import hold_folder
 from metisfl.proto.errors import MachineError
 
 __all__ = ["DamagedLog", "StorageFull", "Store", "Stored"]
@@ -96,7 +96,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "events.db"
-        self._lock = _lock(folder)
+        self._lock = hold_folder(folder, "broker")
         self._connections: list[sqlite3.Connection] = []
         try:
             self._writer = self.connect()
@@ -325,25 +325,3 @@ def _explained(error: sqlite3.Error, path: Path) -> MachineError:
     if isinstance(error, sqlite3.OperationalError):
         return MachineError(f"{path} cannot be used: {error}; look at the disk and its permissions")
     return DamagedLog(f"{path} is damaged: {error}. Restore it from a copy")
-
-
-def _lock(folder: Path) -> int:
-    """Own the folder until the returned descriptor is closed, or this process is gone."""
-    path = folder / "lock"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise MachineError(f"{folder} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise MachineError(
-            f"{folder} is in use by another broker, process {holder}: stop that one, or give this "
-            "one another --home"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from metisfl.proto.errors import MachineError
 
-__all__ = ["open_database", "sole_process", "transaction"]
+__all__ = ["hold_folder", "open_database", "sole_process", "transaction"]
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -29,21 +29,35 @@ def open_database(path: Path) -> sqlite3.Connection:
     return connection
 
 
-@contextmanager
-def sole_process(home: Path) -> Iterator[None]:
-    """Hold a daemon's folder for this process. Raises MachineError if another one has it."""
-    path = home / "lock"
+def hold_folder(folder: Path, who: str) -> int:
+    """Own `folder` until the returned descriptor is closed, or this process is gone.
+
+    `who` names what holds it, for people: "broker". Raises MachineError if another one has it.
+    """
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise MachineError(f"{path}: {error.strerror}") from None
+        raise MachineError(f"{folder} cannot be used: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
         raise MachineError(
-            f"{home} is in use by another process: stop that one, or give this one another --home"
+            f"{folder} is in use by another {who}, process {holder}: stop that one, or give this "
+            "one another --home"
         ) from None
-    else:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+@contextmanager
+def sole_process(home: Path, who: str) -> Iterator[None]:
+    """Hold a daemon's home while the block runs; see `hold_folder`."""
+    descriptor = hold_folder(home, who)
+    try:
         yield
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -41,10 +42,10 @@ def test_a_folder_that_is_not_there_is_the_machines_fault(tmp_path: Path) -> Non
 
 def test_a_home_has_one_process_at_a_time(tmp_path: Path) -> None:
     with (
-        sole_process(tmp_path),
-        pytest.raises(MachineError, match="in use by another process"),
-        sole_process(tmp_path),
+        sole_process(tmp_path, "learner"),
+        pytest.raises(MachineError, match=f"in use by another learner, process {os.getpid()}"),
+        sole_process(tmp_path, "learner"),
     ):
         pass
-    with sole_process(tmp_path):
+    with sole_process(tmp_path, "learner"):
         pass
