@@ -74,9 +74,12 @@ class BulkEndpoint:
         store: ModelStore,
         spool: Spool,
         on_stored: OnStored,
-        on_refused: OnRefused,
+        on_refused: OnRefused = lambda *_: None,
     ) -> None:
-        """`peers`: public key in Z85 -> principal, as `keys.load_peers` returns it."""
+        """`peers`: public key in Z85 -> principal, as `keys.load_peers` returns it.
+
+        Refusals are logged here; `on_refused` is for an owner who wants to know more.
+        """
         self._wanted_endpoint = endpoint
         self._identity = identity
         self._counts: Counter[str] = Counter()

@@ -285,10 +285,8 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     identity = load_identity(home / "keys")
     if identity.principal != "controller":
         raise UserError(f"{home}/keys holds the key of {identity.principal}, not the controller's")
-    servers = load_servers(home / "keys")
-    if "broker" not in servers:
-        raise UserError(f"{home}/keys/servers has no line for the broker")
-    with sole_process(home):
+    servers = load_servers(home / "keys", "broker")
+    with sole_process(home, "controller"):
         store, spool = ModelStore(home / "models"), Spool(home / "spool")
         connection = open_database(home / "controller.db")
         outbox = Outbox(connection, "controller")
@@ -297,9 +295,6 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
 
         def on_stored(task_id: str, digest: bytes, update_bytes: int) -> None:
             loop.call_soon_threadsafe(controllers[0].on_stored, task_id, digest, update_bytes)
-
-        def on_refused(task_id: str, principal: str, reason: str) -> None:
-            _log.warning("update refused", task=task_id, learner=principal, why=reason)
 
         client = BrokerClient(
             ingress=options.ingress,
@@ -316,7 +311,6 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
             store=store,
             spool=spool,
             on_stored=on_stored,
-            on_refused=on_refused,
         )
         try:
             async with client:

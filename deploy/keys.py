@@ -134,14 +134,20 @@ def load_peers(folder: Path) -> dict[bytes, str]:
     return {key: principal for principal, key in _load_list(folder / PEERS_FILE, remedy).items()}
 
 
-def load_servers(folder: Path) -> dict[str, bytes]:
-    """Read `folder`/servers: "broker" and/or "controller" -> public key (Z85). Raises UserError."""
+def load_servers(folder: Path, *needed: str) -> dict[str, bytes]:
+    """Read `folder`/servers: "broker" and/or "controller" -> public key (Z85).
+
+    Raises UserError, also if one of `needed` is not there.
+    """
     path = folder / SERVERS_FILE
     remedy = "create it, with the lines that the operator of broker and controller gave you"
     servers = _load_list(path, remedy)
     for principal in servers:
         if principal not in SERVER_PRINCIPALS:
             raise UserError(f"{path}: {principal!r} is not a server; use broker or controller")
+    for principal in needed:
+        if principal not in servers:
+            raise UserError(f"{path} has no line for the {principal}")
     return servers
 
 

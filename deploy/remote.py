@@ -75,11 +75,10 @@ async def _follow(federation: Federation, home: Path) -> View:
     for key, endpoint in (("ingress", federation.ingress), ("live", federation.live)):
         if endpoint.endswith(":0"):
             raise UserError(f"broker.{key}: say where the broker is, such as tcp://host:5570")
-    identity, servers = load_identity(home / "keys"), load_servers(home / "keys")
+    identity = load_identity(home / "keys")
     if not identity.principal.startswith("driver:"):
         raise UserError(f"{home}/keys holds the key of {identity.principal}; only a driver asks")
-    if "broker" not in servers:
-        raise UserError(f"{home}/keys/servers has no line for the broker")
+    servers = load_servers(home / "keys", "broker")
     # What an earlier command asked for and the broker never got is not asked for any more.
     for left in home.glob("driver.db*"):
         left.unlink()

@@ -211,8 +211,8 @@ def watchdog_interval_s() -> float | None:
     return int(allowed_us[:18]) / 2e6
 
 
-def exit_with_parent(parent: int) -> None:
-    """Get SIGTERM when the process `parent`, which started this one, is gone; at once if it is.
+def exit_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Get a signal when the process `parent`, which started this one, is gone; at once if it is.
 
     Linux only, elsewhere nothing happens. The kernel watches the *thread* that started this
     process, so a parent starts its children from its main thread.
@@ -220,11 +220,11 @@ def exit_with_parent(parent: int) -> None:
     if sys.platform != "linux":
         return
     library = ctypes.CDLL(None, use_errno=True)
-    if library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+    if library.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0):
         raise MachineError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
     # Asked after prctl: a parent that went before it has left us with another one, and no signal.
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 async def first_end(parts: Sequence[asyncio.Future[Any]]) -> None:

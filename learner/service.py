@@ -31,14 +31,12 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     home: Path = options.home
     for folder in ("models", "outbox", "final"):
         (home / folder).mkdir(parents=True, exist_ok=True)
-    identity, servers = load_identity(home / "keys"), load_servers(home / "keys")
+    identity = load_identity(home / "keys")
     principal = f"learner:{options.name}"
     if identity.principal != principal:
         raise UserError(f"{home}/keys holds the key of {identity.principal}, not of {principal}")
-    for server in ("broker", "controller"):
-        if server not in servers:
-            raise UserError(f"{home}/keys/servers has no line for the {server}")
-    with sole_process(home):
+    servers = load_servers(home / "keys", "broker", "controller")
+    with sole_process(home, "learner"):
         connection = open_database(home / "learner.db")
         outbox = Outbox(connection, principal)
         worker = Worker(app=options.app, path=options.path, source=options.data or options.name)

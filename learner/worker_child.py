@@ -9,7 +9,6 @@ ends this process with its traceback on stderr, and the parent starts another.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import itertools
 import math
@@ -24,8 +23,9 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from metisfl.deploy.run import exit_with_parent
 from metisfl.learner.app import app_code, load_app, trainer_for
 from metisfl.learner.trainer import TaskCancelled, Trainer
 from metisfl.learner.worker_messages import (
@@ -43,6 +43,12 @@ from metisfl.learner.worker_messages import (
     pack,
 )
 from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.events import (
+    COUNT_MAX,
+    METRIC_NAME_CHARACTERS_MAX,
+    METRICS_MAX,
+    REASON_CHARACTERS_MAX,
+)
 from metisfl.proto.model_file import open_model, sync_folder, write_model
 from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import Tensor, compare_manifests, manifest_of
@@ -50,10 +56,6 @@ from metisfl.proto.tensors import Tensor, compare_manifests, manifest_of
 __all__ = ["main"]
 
 PROGRESS_INTERVAL_S: Final = 0.1
-METRICS_MAX: Final = 256  # as an event may carry
-COUNT_MAX: Final = 2**53
-REASON_CHARACTERS_MAX: Final = 2000
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class _Channel:
@@ -182,7 +184,11 @@ class _Jobs:
         now_s = time.monotonic()
         if now_s - self._progress_sent_s >= PROGRESS_INTERVAL_S:
             self._progress_sent_s = now_s
-            fit = ((k, v) for k, v in metrics.items() if 0 < len(k) <= 128 and math.isfinite(v))
+            fit = (
+                (k, v)
+                for k, v in metrics.items()
+                if 0 < len(k) <= METRIC_NAME_CHARACTERS_MAX and math.isfinite(v)
+            )
             some = dict(itertools.islice(fit, METRICS_MAX))
             self._channel.send(Progress(min(1.0, max(0.0, fraction)), some))
 
@@ -208,8 +214,11 @@ def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
     if len(metrics) > METRICS_MAX:
         raise UserError(f"the trainer reports {len(metrics)} metrics; at most {METRICS_MAX}")
     for name, value in metrics.items():
-        if not 1 <= len(name) <= 128:
-            raise UserError(f"metric name {name[:128]!r} has {len(name)} characters; at most 128")
+        if not 1 <= len(name) <= METRIC_NAME_CHARACTERS_MAX:
+            raise UserError(
+                f"metric name {name[:METRIC_NAME_CHARACTERS_MAX]!r} has {len(name)} characters; "
+                f"at most {METRIC_NAME_CHARACTERS_MAX}"
+            )
         if not math.isfinite(value):
             raise UserError(f"the trainer reports {name} = {value}; leave out what has no value")
     return {name: float(value) for name, value in metrics.items()}
@@ -239,14 +248,6 @@ def _failures(channel: _Channel) -> Iterator[None]:
         fail(f"{error.filename or 'the update file'}: {error.strerror}", "machine")
 
 
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        libc: Any = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # it died before that call
-        os._exit(0)
-
-
 def main(descriptor: int) -> None:
     """Serve the parent at the other end of the socket `descriptor` until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
@@ -255,7 +256,7 @@ def main(descriptor: int) -> None:
     sys.stdout.reconfigure(line_buffering=True)
     channel = _Channel(socket.socket(fileno=descriptor))
     start = channel.first()
-    _die_with(start.parent)
+    exit_with_parent(start.parent, signal.SIGKILL)
     channel.watch()
     jobs = None
     with _failures(channel):

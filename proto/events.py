@@ -20,9 +20,12 @@ from metisfl.proto.errors import PeerError
 from metisfl.proto.topics import NAME
 
 __all__ = [
+    "COUNT_MAX",
     "EVENT_TYPES",
     "LEARNERS_MAX",
     "LIMITS",
+    "METRICS_MAX",
+    "METRIC_NAME_CHARACTERS_MAX",
     "PAYLOAD_BYTES_MAX",
     "REASON_CHARACTERS_MAX",
     "decode",
@@ -33,6 +36,8 @@ __all__ = [
 PAYLOAD_BYTES_MAX: Final = 192 * 1024
 LEARNERS_MAX: Final = 1000
 METRICS_MAX: Final = 256
+METRIC_NAME_CHARACTERS_MAX: Final = 128
+COUNT_MAX: Final = 2**53  # of examples or batches: every float64 up to here is exact
 REASON_CHARACTERS_MAX: Final = 2_000
 
 # Runs and tasks name files and folders, at the controller and at every site.
@@ -98,8 +103,10 @@ def _metrics(values: Mapping[str, float]) -> str | None:
     if len(values) > METRICS_MAX:
         return f"has {len(values)} entries; at most {METRICS_MAX}"
     for key, value in values.items():
-        if not 1 <= len(key) <= 128:
-            return f"has a key of {len(key)} characters; allowed are 1 to 128"
+        if not 1 <= len(key) <= METRIC_NAME_CHARACTERS_MAX:
+            return (
+                f"has a key of {len(key)} characters; allowed are 1 to {METRIC_NAME_CHARACTERS_MAX}"
+            )
         if not math.isfinite(value):
             return f"[{key!r}] is {value}; it must be finite"
     return None
@@ -199,8 +206,8 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "task_id": _task_id,
             "learner": _name,
             "update_digest": _digest_or_none,
-            "examples": _number(0, 2**53),
-            "batches": _number(0, 2**53),
+            "examples": _number(0, COUNT_MAX),
+            "batches": _number(0, COUNT_MAX),
             "metrics": _metrics,
             "training_s": _seconds,
         },

@@ -3,7 +3,8 @@
 # exit 127, so no path and no name is believed.
 #
 # Prints the chosen interpreter's path; says on stderr which it is and why. Where there is none:
-# one sentence with the remedy, exit code 2. PYTHON=/path/to/python overrides the search.
+# one sentence with the remedy, exit code 2. PYTHON=/path/to/python overrides the search;
+# SYSROOT=/other/root looks in another system's usual places.
 #
 # Why these two versions: OpenFHE's wheels are tagged for any Python but hold modules for 3.10, and
 # for 3.12 with glibc 2.38 or newer. On others they install and then fail at the first import.
@@ -57,7 +58,7 @@ take() {
 search() {
     versions=${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}/versions
     for candidate in "python$1" "$versions/$1".*/bin/"python$1" \
-        "/usr/local/bin/python$1" "/opt/python$1/bin/python$1" python3; do
+        "${SYSROOT:-}/usr/local/bin/python$1" "${SYSROOT:-}/opt/python$1/bin/python$1" python3; do
         take "$1" "$candidate" && return 0
     done
     return 1
