@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import zmq
+from client_stories import PATIENCE_S, read, run, soon, until
 
-from metisfl.broker.client import BrokerClient, Feed, Record
+from metisfl.broker.client import BrokerClient
 from metisfl.proto.events import decode
 from metisfl.proto.events_pb2 import Heartbeat, Progress, TaskFailed
 from metisfl.proto.frames import Beat
-
-PATIENCE_S = 20.0  # never waited for in a test that passes
-T = TypeVar("T")
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(work, 60))
-
-
-async def soon(work: Awaitable[T]) -> T:
-    return await asyncio.wait_for(work, PATIENCE_S)
-
-
-async def read(feed: Feed[Any], count: int) -> list[Record]:
-    """The next `count` records; fails if more come with them."""
-    records: list[Record] = []
-    while len(records) < count:
-        records += (await soon(feed.__anext__())).records
-    assert len(records) == count, f"{len(records)} records instead of {count}"
-    return records
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Turn the loop until something that others do has happened."""
-    deadline = asyncio.get_running_loop().time() + PATIENCE_S
-    while not holds():
-        assert asyncio.get_running_loop().time() < deadline, "it never happened"
-        await asyncio.sleep(0.005)
 
 
 def test_what_is_published_is_acknowledged_and_read(shared: Any) -> None:

@@ -6,44 +6,16 @@ import asyncio
 import resource
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import closing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from client_stories import PATIENCE_S, read, run, soon, until
 
-from metisfl.broker.client import BrokerClient, Feed, Record
+from metisfl.broker.client import BrokerClient, Record
 from metisfl.broker.window import Fenced, HistoryLost
 from metisfl.proto.errors import MachineError
 from metisfl.proto.events_pb2 import TaskFailed
-
-PATIENCE_S = 20.0  # never waited for in a test that passes
-T = TypeVar("T")
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(work, 60))
-
-
-async def soon(work: Awaitable[T]) -> T:
-    return await asyncio.wait_for(work, PATIENCE_S)
-
-
-async def read(feed: Feed[Any], count: int) -> list[Record]:
-    """The next `count` records; fails if more come with them."""
-    records: list[Record] = []
-    while len(records) < count:
-        records += (await soon(feed.__anext__())).records
-    assert len(records) == count, f"{len(records)} records instead of {count}"
-    return records
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Turn the loop until something that others do has happened."""
-    deadline = asyncio.get_running_loop().time() + PATIENCE_S
-    while not holds():
-        assert asyncio.get_running_loop().time() < deadline, "it never happened"
-        await asyncio.sleep(0.005)
 
 
 def test_a_killed_broker_loses_nothing_that_it_acknowledged(broker: Any, site: Any) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import zmq
+from raw_ingress import answer, envelope, publish, still_serves
 
 from metisfl.broker import service
 from metisfl.deploy.keys import Identity
 from metisfl.proto import frames
-from metisfl.proto.events_pb2 import Envelope
 from metisfl.proto.frames import (
     Ack,
     CursorReport,
@@ -30,34 +30,6 @@ from metisfl.proto.frames import (
 )
 
 PATIENCE_S = 20.0  # never waited for in a test that passes
-
-
-def envelope(publisher: str, sequence: int, topic: str, **fields: object) -> bytes:
-    good: dict[str, object] = {
-        "version": 1,
-        "event_id": bytes(16),
-        "topic": topic,
-        "publisher": publisher,
-        "epoch": 1,
-        "sequence": sequence,
-        "type": "TaskFailed",
-    }
-    return Envelope(**{**good, **fields}).SerializeToString()  # type: ignore[arg-type]
-
-
-def publish(data: bytes) -> list[bytes]:
-    return [frames.PUBLISH, frames.pack_crc(data), data]
-
-
-def answer(dealer: zmq.Socket[bytes]) -> frames.Reply:
-    return frames.parse_reply(dealer.recv_multipart())
-
-
-def still_serves(site: Any, topic: str, sockets: Any) -> None:
-    """Another peer publishes as if nothing had happened."""
-    dealer = site.greeted(sockets)
-    dealer.send_multipart(publish(envelope(site.identity.principal, 1, topic)))
-    assert answer(dealer) == Ack(1, 1)
 
 
 # ---- The wire, byte by byte ---------------------------------------------------------------

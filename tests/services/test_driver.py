@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from driver_output import wait_for
+
 FOLDER = Path(__file__).parent
 FEDERATION = f"""
 [federation]
@@ -49,14 +51,6 @@ def daemons_in(folder: Path) -> list[int]:
         if str(folder / "run").encode() in command and b"service" in command:
             found.append(int(process.name))
     return found
-
-
-def wait_for(driver: subprocess.Popen[str], words: str) -> None:
-    assert driver.stderr is not None
-    for line in driver.stderr:
-        if words in line:
-            return
-    raise AssertionError(f"the driver ended without saying {words!r}")
 
 
 def wait_until_gone(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from driver_output import wait_for
 
 from metisfl.deploy.processes import free_endpoints
 from metisfl.deploy.run_folder import RunFolder, create_run_folder
@@ -112,14 +113,6 @@ def daemons(tmp_path: Path) -> Iterator[Daemons]:
         said = log.read_text()
         assert "Traceback" not in said, said
         assert "never awaited" not in said, said
-
-
-def wait_for(driver: subprocess.Popen[str], words: str) -> None:
-    assert driver.stderr is not None
-    for line in driver.stderr:
-        if words in line:
-            return
-    raise AssertionError(f"the driver ended without saying {words!r}")
 
 
 def test_every_round_is_closed_once_whoever_is_killed_meanwhile(daemons: Daemons) -> None:
