@@ -33,12 +33,12 @@ from typing import Final
 
 from metisfl.proto.chunk import (
     CHUNK_BYTES,
+    CHUNKS_MAX,
     HEADER_BYTES,
     SHORT_DIGEST_BYTES,
     Buffer,
     ChunkHeader,
     Crc32c,
-    chunk_count,
     pack_header,
     parse_header,
     task_digest,
@@ -305,9 +305,10 @@ def _check_payload_bytes(name: str, payload_bytes: int) -> None:
 
 
 def _check_order(name: str, first: int, limit: int) -> None:
-    most = chunk_count(PAYLOAD_BYTES_MAX)
-    if not first <= limit <= most:
-        raise PeerError(f"{name}: first {first}, limit {limit}; first <= limit <= {most} must hold")
+    if not first <= limit <= CHUNKS_MAX:
+        raise PeerError(
+            f"{name}: first {first}, limit {limit}; first <= limit <= {CHUNKS_MAX} must hold"
+        )
 
 
 def _manifest(name: str, part: Buffer) -> bytes:

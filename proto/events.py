@@ -16,7 +16,9 @@ from typing import Any, Final
 from google.protobuf.message import DecodeError, Message
 
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.ckks import EXPONENT_MAX
 from metisfl.proto.errors import PeerError
+from metisfl.proto.tensors import NAME_CHARACTERS_MAX, TENSORS_MAX
 from metisfl.proto.topics import NAME
 
 __all__ = [
@@ -122,6 +124,9 @@ _round = _number(0, 100_000)
 _lease_s = _number(0.1, 86_400)
 _reason = _text(REASON_CHARACTERS_MAX)
 _seconds = _number(0, 1e9)
+_weight = _number(0, 1e18)
+_exponents = _each(_number(0, EXPONENT_MAX), most=TENSORS_MAX)
+_attempt = _number(0, EXPONENT_MAX)  # each raises at least one exponent
 _state = _text(32, least=1)
 
 LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
@@ -130,7 +135,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
         "Contribution": {
             "learner": _name,
             "task_id": _task_id,
-            "weight": _number(0, 1e18),
+            "weight": _weight,
             "update_digest": _digest,
         },
         "Heartbeat": {"learner": _name, "state": _state},
@@ -144,6 +149,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "learner": _name,
             "software": _text(64),
             "privacy_modes": _each(_text(32, least=1), most=8),
+            "examples": _number(0, COUNT_MAX),
         },
         "LearnerLeft": {"learner": _name, "reason": _reason},
         "LeaseEnded": {
@@ -165,12 +171,16 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "model_digest": _digest,
             "counted": _each(_nested, least=1, most=LEARNERS_MAX),
             "missing": _each(_nested, most=LEARNERS_MAX),
+            "reference_weight": _weight,
         },
         "RoundOpened": {
             "run_id": _run_id,
             "round": _round,
             "model_digest": _digest_or_none,
             "invited": _each(_nested, least=1, most=LEARNERS_MAX),
+            "attempt": _attempt,
+            "reference_weight": _weight,
+            "exponents": _exponents,
         },
         "RunFinished": {
             "run_id": _run_id,
@@ -189,6 +199,12 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "privacy": _text(32, least=1),
             "hyperparameters": _nested,
         },
+        "ScaleExceeded": {
+            "task_id": _task_id,
+            "learner": _name,
+            "tensor": _text(NAME_CHARACTERS_MAX, least=1),
+            "exponents": _each(_number(0, EXPONENT_MAX), least=1, most=TENSORS_MAX),
+        },
         "TaskAssigned": {
             "task_id": _task_id,
             "run_id": _run_id,
@@ -200,6 +216,11 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "lease_s": _lease_s,
             "hyperparameters": _nested,
             "keep_model": _number(0, 1),
+            "attempt": _attempt,
+            "reference_weight": _weight,
+            "exponents": _exponents,
+            "privacy": _text(32),
+            "initial_seed": _number(0, 2**63 - 1),
         },
         "TaskCancelled": {"task_id": _task_id, "reason": _reason},
         "TaskCompleted": {
@@ -210,6 +231,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "batches": _number(0, COUNT_MAX),
             "metrics": _metrics,
             "training_s": _seconds,
+            "exponents": _exponents,
         },
         "TaskFailed": {"task_id": _task_id, "learner": _name, "reason": _reason},
         "UpdateStored": {
@@ -218,6 +240,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "digest": _digest,
             "update_bytes": _number(0, 2**50),
         },
+        "UpdateUnusable": {"task_id": _task_id, "learner": _name, "reason": _reason},
     }
 )
 
@@ -227,7 +250,7 @@ EVENT_TYPES: Final[Mapping[str, type[Message]]] = MappingProxyType(
 )
 
 _BY_LEARNERS = {"Heartbeat", "LearnerJoined", "LearnerLeft", "Progress"}
-_BY_LEARNERS |= {"TaskCompleted", "TaskFailed"}
+_BY_LEARNERS |= {"ScaleExceeded", "TaskCompleted", "TaskFailed"}
 _BY_DRIVERS = {"RunStarted"}
 
 

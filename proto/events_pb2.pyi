@@ -69,14 +69,16 @@ class Welcome(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., incarnation: _Optional[int] = ..., head: _Optional[int] = ..., publisher_sequence: _Optional[int] = ..., principal: _Optional[str] = ...) -> None: ...
 
 class LearnerJoined(_message.Message):
-    __slots__ = ("learner", "software", "privacy_modes")
+    __slots__ = ("learner", "software", "privacy_modes", "examples")
     LEARNER_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_MODES_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     learner: str
     software: str
     privacy_modes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, learner: _Optional[str] = ..., software: _Optional[str] = ..., privacy_modes: _Optional[_Iterable[str]] = ...) -> None: ...
+    examples: int
+    def __init__(self, learner: _Optional[str] = ..., software: _Optional[str] = ..., privacy_modes: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ...) -> None: ...
 
 class LearnerLeft(_message.Message):
     __slots__ = ("learner", "reason")
@@ -153,16 +155,22 @@ class Invitation(_message.Message):
     def __init__(self, learner: _Optional[str] = ..., task_id: _Optional[str] = ...) -> None: ...
 
 class RoundOpened(_message.Message):
-    __slots__ = ("run_id", "round", "model_digest", "invited")
+    __slots__ = ("run_id", "round", "model_digest", "invited", "attempt", "reference_weight", "exponents")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INVITED_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     model_digest: bytes
     invited: _containers.RepeatedCompositeFieldContainer[Invitation]
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., invited: _Optional[_Iterable[_Union[Invitation, _Mapping]]] = ...) -> None: ...
+    attempt: int
+    reference_weight: float
+    exponents: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., invited: _Optional[_Iterable[_Union[Invitation, _Mapping]]] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("learner", "task_id", "weight", "update_digest")
@@ -185,21 +193,23 @@ class Absence(_message.Message):
     def __init__(self, learner: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RoundClosed(_message.Message):
-    __slots__ = ("run_id", "round", "model_digest", "counted", "missing")
+    __slots__ = ("run_id", "round", "model_digest", "counted", "missing", "reference_weight")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     model_digest: bytes
     counted: _containers.RepeatedCompositeFieldContainer[Contribution]
     missing: _containers.RepeatedCompositeFieldContainer[Absence]
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., counted: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., missing: _Optional[_Iterable[_Union[Absence, _Mapping]]] = ...) -> None: ...
+    reference_weight: float
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., counted: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., missing: _Optional[_Iterable[_Union[Absence, _Mapping]]] = ..., reference_weight: _Optional[float] = ...) -> None: ...
 
 class TaskAssigned(_message.Message):
-    __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model")
+    __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model", "attempt", "reference_weight", "exponents", "privacy", "initial_seed")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +220,11 @@ class TaskAssigned(_message.Message):
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     KEEP_MODEL_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTS_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_SEED_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     run_id: str
     round: int
@@ -220,7 +235,12 @@ class TaskAssigned(_message.Message):
     lease_s: float
     hyperparameters: Hyperparameters
     keep_model: bool
-    def __init__(self, task_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., learner: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., seed: _Optional[int] = ..., lease_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., keep_model: _Optional[bool] = ...) -> None: ...
+    attempt: int
+    reference_weight: float
+    exponents: _containers.RepeatedScalarFieldContainer[int]
+    privacy: str
+    initial_seed: int
+    def __init__(self, task_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., learner: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., seed: _Optional[int] = ..., lease_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., keep_model: _Optional[bool] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ..., privacy: _Optional[str] = ..., initial_seed: _Optional[int] = ...) -> None: ...
 
 class TaskCancelled(_message.Message):
     __slots__ = ("task_id", "reason")
@@ -231,7 +251,7 @@ class TaskCancelled(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TaskCompleted(_message.Message):
-    __slots__ = ("task_id", "learner", "update_digest", "examples", "batches", "metrics", "training_s")
+    __slots__ = ("task_id", "learner", "update_digest", "examples", "batches", "metrics", "training_s", "exponents")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +266,7 @@ class TaskCompleted(_message.Message):
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     TRAINING_S_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     learner: str
     update_digest: bytes
@@ -253,7 +274,20 @@ class TaskCompleted(_message.Message):
     batches: int
     metrics: _containers.ScalarMap[str, float]
     training_s: float
-    def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., update_digest: _Optional[bytes] = ..., examples: _Optional[int] = ..., batches: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_s: _Optional[float] = ...) -> None: ...
+    exponents: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., update_digest: _Optional[bytes] = ..., examples: _Optional[int] = ..., batches: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_s: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ScaleExceeded(_message.Message):
+    __slots__ = ("task_id", "learner", "tensor", "exponents")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTS_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    learner: str
+    tensor: str
+    exponents: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., tensor: _Optional[str] = ..., exponents: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TaskFailed(_message.Message):
     __slots__ = ("task_id", "learner", "reason")
@@ -276,6 +310,16 @@ class UpdateStored(_message.Message):
     digest: bytes
     update_bytes: int
     def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., digest: _Optional[bytes] = ..., update_bytes: _Optional[int] = ...) -> None: ...
+
+class UpdateUnusable(_message.Message):
+    __slots__ = ("task_id", "learner", "reason")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    learner: str
+    reason: str
+    def __init__(self, task_id: _Optional[str] = ..., learner: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LeaseEnded(_message.Message):
     __slots__ = ("task_id", "learner", "silent_s")

@@ -20,10 +20,40 @@ class TensorSpec(_message.Message):
     offset: int
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., trainable: _Optional[bool] = ..., offset: _Optional[int] = ...) -> None: ...
 
+class Share(_message.Message):
+    __slots__ = ("learner", "weight", "update_digest")
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    learner: str
+    weight: float
+    update_digest: bytes
+    def __init__(self, learner: _Optional[str] = ..., weight: _Optional[float] = ..., update_digest: _Optional[bytes] = ...) -> None: ...
+
+class Encryption(_message.Message):
+    __slots__ = ("fingerprint", "limb_bits", "ring_dimension", "polynomials", "seeds", "exponents", "shares")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LIMB_BITS_FIELD_NUMBER: _ClassVar[int]
+    RING_DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    POLYNOMIALS_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: bytes
+    limb_bits: int
+    ring_dimension: int
+    polynomials: int
+    seeds: int
+    exponents: _containers.RepeatedScalarFieldContainer[int]
+    shares: _containers.RepeatedCompositeFieldContainer[Share]
+    def __init__(self, fingerprint: _Optional[bytes] = ..., limb_bits: _Optional[int] = ..., ring_dimension: _Optional[int] = ..., polynomials: _Optional[int] = ..., seeds: _Optional[int] = ..., exponents: _Optional[_Iterable[int]] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ...) -> None: ...
+
 class Manifest(_message.Message):
-    __slots__ = ("tensors", "payload_bytes")
+    __slots__ = ("tensors", "payload_bytes", "encryption")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENCRYPTION_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     payload_bytes: int
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    encryption: Encryption
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., encryption: _Optional[_Union[Encryption, _Mapping]] = ...) -> None: ...

@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from metisfl.proto import ckks
 from metisfl.proto.errors import PeerError, UserError
-from metisfl.proto.model_pb2 import Manifest, TensorSpec
+from metisfl.proto.model_pb2 import Encryption, Manifest, TensorSpec
+from metisfl.proto.topics import NAME
 
 try:
     from ml_dtypes import bfloat16 as _bfloat16  # comes with tensorflow
@@ -28,17 +30,25 @@ except ImportError:
 
 __all__ = [
     "ALIGNMENT",
+    "FLOATS",
     "ITEM_BYTES",
     "MANIFEST_BYTES_MAX",
+    "NAME_CHARACTERS_MAX",
     "PAYLOAD_BYTES_MAX",
+    "TENSORS_MAX",
     "Array",
     "Segment",
     "Tensor",
     "array_of",
     "compare_manifests",
+    "encrypted_manifest",
+    "encrypted_values",
+    "float_specs",
+    "is_encrypted",
     "manifest_of",
     "normalised",
     "parse_manifest",
+    "plain_payload_bytes",
     "segments",
     "serialise_manifest",
     "spec_bytes",
@@ -52,6 +62,7 @@ NAME_CHARACTERS_MAX: Final = 256
 RANK_MAX: Final = 32
 MANIFEST_BYTES_MAX: Final = 252 * 1024  # with its frame it fits one bulk message of 256 KiB
 PAYLOAD_BYTES_MAX: Final = 1 << 50
+SHARE_MAX: Final = 1e6
 ITEM_BYTES: Final = {
     "bool": 1,
     "int8": 1,
@@ -67,6 +78,8 @@ ITEM_BYTES: Final = {
     "int64": 8,
     "uint64": 8,
 }
+FLOATS: Final = frozenset({"bfloat16", "float16", "float32", "float64"})
+"""What is averaged, and encrypted; other tensors stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,6 +162,47 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+def is_encrypted(manifest: Manifest) -> bool:
+    """Whether the payload is blocks of ciphertexts."""
+    return manifest.HasField("encryption")
+
+
+def float_specs(manifest: Manifest) -> list[TensorSpec]:
+    """The tensors whose values an encrypted payload holds, in order."""
+    return [spec for spec in manifest.tensors if spec.dtype in FLOATS]
+
+
+def encrypted_values(manifest: Manifest) -> int:
+    """Values of all float tensors together."""
+    return sum(math.prod(spec.shape) for spec in float_specs(manifest))
+
+
+def plain_payload_bytes(manifest: Manifest) -> int:
+    """Payload of the plain model that the manifest describes."""
+    if not manifest.tensors:
+        return 0
+    last = manifest.tensors[-1]
+    return last.offset + spec_bytes(last)
+
+
+def encrypted_manifest(model: Manifest, encryption: Encryption) -> Manifest:
+    """The manifest of the model with these tensors in this encrypted form."""
+    manifest = Manifest(tensors=model.tensors, encryption=encryption)
+    manifest.payload_bytes = _encrypted_payload_bytes(manifest)
+    return manifest
+
+
+def _encrypted_payload_bytes(manifest: Manifest) -> int:
+    form = manifest.encryption
+    return ckks.payload_bytes(
+        encrypted_values(manifest),
+        form.limb_bits,
+        form.ring_dimension,
+        form.polynomials,
+        form.seeds,
+    )
+
+
 def spec_bytes(spec: TensorSpec) -> int:
     """Bytes that the values of one tensor take in the payload."""
     return math.prod(spec.shape) * ITEM_BYTES[spec.dtype]
@@ -211,8 +265,40 @@ def _layout_problem(manifest: Manifest) -> str | None:
         if spec.offset != _aligned(end):
             return f"tensor {spec.name!r} has the offset {spec.offset}; it must be {_aligned(end)}"
         end = spec.offset + spec_bytes(spec)
+    if is_encrypted(manifest):
+        return _encryption_problem(manifest)
     if manifest.payload_bytes != end:
         return f"payload of {manifest.payload_bytes} bytes for tensors that end at {end}"
+    return None
+
+
+def _encryption_problem(manifest: Manifest) -> str | None:
+    """What is wrong with a foreign manifest's encrypted form."""
+    form = manifest.encryption
+    if problem := ckks.form_problem(
+        form.fingerprint, form.limb_bits, form.ring_dimension, form.polynomials, form.seeds
+    ):
+        return problem
+    floats = len(float_specs(manifest))
+    if len(form.exponents) != floats:
+        return f"{len(form.exponents)} exponents for {floats} float tensors; one for each"
+    if any(not 0 <= exponent <= ckks.EXPONENT_MAX for exponent in form.exponents):
+        return (
+            f"exponents from {min(form.exponents)} to {max(form.exponents)}; allowed are 0 to "
+            f"{ckks.EXPONENT_MAX}"
+        )
+    names = [share.learner for share in form.shares]
+    if sorted(set(names)) != names or any(not NAME.fullmatch(name) for name in names):
+        return "shares must name each learner once, in the order of names"
+    for share in form.shares:
+        if not 0 < share.weight <= SHARE_MAX or len(share.update_digest) != 32:
+            return (
+                f"the share of {share.learner} has the weight {share.weight} and an update digest "
+                f"of {len(share.update_digest)} bytes; above 0 up to {SHARE_MAX:g}, and 32 bytes"
+            )
+    wanted = _encrypted_payload_bytes(manifest)
+    if manifest.payload_bytes != wanted:
+        return f"payload of {manifest.payload_bytes} bytes; its encrypted form asks for {wanted}"
     return None
 
 

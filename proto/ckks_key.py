@@ -1,0 +1,207 @@
+"""A key for encrypted updates: its public part, which everybody has, and its secret part.
+
+Rule 1: the fingerprint covers every byte of the public part, so that sites that name the same one
+have the same key, parameters and policy.
+Rule 2: whoever holds the secret part can read every update. It never prints itself, and its first
+bytes say what it is, so that it can be found where it must not be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final
+
+import msgpack
+
+from metisfl.proto import ckks
+from metisfl.proto.errors import PeerError
+
+__all__ = [
+    "FILE_BYTES_MAX",
+    "PUBLIC_MAGIC",
+    "SEALED_MAGIC",
+    "SECRET_MAGIC",
+    "VERIFY",
+    "PublicPart",
+    "SecretPart",
+    "is_secret",
+]
+
+PUBLIC_MAGIC: Final = b"MFCKPUB1"
+SECRET_MAGIC: Final = b"MFCKSEC1"
+SEALED_MAGIC: Final = b"MFCKBOX1"
+FILE_BYTES_MAX: Final = 1 << 20
+VERIFY: Final = ("none", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class PublicPart:
+    """What everybody knows of a key. `context` and `public_key` are OpenFHE's own bytes."""
+
+    profile: str
+    limb_bits: int
+    ring_dimension: int
+    modulus: int
+    scaling_bits: int
+    grid_bits: int
+    max_learners: int
+    """Also the largest sum of weights."""
+    error: float
+    """That was promised, relative to a tensor's scale."""
+    min_contributors: int
+    max_share: float
+    verify: str
+    context: bytes = field(repr=False)
+    public_key: bytes = field(repr=False)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes."""
+        return hashlib.sha256(_packed(asdict(self))).digest()[:16]
+
+    def pack(self) -> bytes:
+        """The content of public.ckks."""
+        return PUBLIC_MAGIC + _packed(asdict(self))
+
+    @classmethod
+    def parse(cls, data: bytes) -> PublicPart:
+        """Check and read it. Raises PeerError with the field, its value and its bound."""
+        found = _unpacked(data, PUBLIC_MAGIC, "public part", _PUBLIC_CHECKS)
+        part = cls(**found)
+        if part.pack() != data:
+            raise PeerError("the public part is not in its canonical encoding")
+        if problem := _parameter_problem(part):
+            raise PeerError(f"public part: {problem}")
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class SecretPart:
+    """OpenFHE's secret key of the public part with this fingerprint."""
+
+    fingerprint: bytes
+    secret_key: bytes = field(repr=False)
+
+    def pack(self) -> bytes:
+        """The content of secret.ckks."""
+        return SECRET_MAGIC + _packed(asdict(self))
+
+    @classmethod
+    def parse(cls, data: bytes) -> SecretPart:
+        """Check and read it. Raises PeerError, which shows nothing of the key."""
+        return cls(**_unpacked(data, SECRET_MAGIC, "secret part", _SECRET_CHECKS))
+
+
+def is_secret(beginning: bytes) -> bool:
+    """Whether a file that begins so is a secret part, sealed to a site or not."""
+    return beginning.startswith((SECRET_MAGIC, SEALED_MAGIC))
+
+
+def _packed(values: dict[str, Any]) -> bytes:
+    packed: bytes = msgpack.packb(values)
+    return packed
+
+
+def _parameter_problem(part: PublicPart) -> str | None:
+    if ckks.PROFILES[part.profile] != part.limb_bits:
+        return f"profile {part.profile} with limbs of {part.limb_bits} bits"
+    if part.ring_dimension & (part.ring_dimension - 1):
+        return f"ring dimension {part.ring_dimension}; it must be a power of two"
+    half = 1 << (part.limb_bits - 1)
+    if not half < part.modulus < 2 * half or part.modulus % (2 * part.ring_dimension) != 1:
+        return (
+            f"modulus {part.modulus}; it must have {part.limb_bits} bits and be 1 modulo "
+            f"{2 * part.ring_dimension}"
+        )
+    most = ckks.parameters_for(part.limb_bits, part.max_learners, modulus=part.modulus)
+    if part.scaling_bits > most.scaling_bits:
+        return (
+            f"scaling bits {part.scaling_bits}; with {part.max_learners} learners sums wrap above "
+            f"{most.scaling_bits}"
+        )
+    step_bits = most.scaling_bits - most.grid_bits
+    if part.grid_bits > part.scaling_bits - step_bits:
+        return (
+            f"grid bits {part.grid_bits}; with {part.max_learners} learners the noise crosses a "
+            f"grid finer than {part.scaling_bits - step_bits}"
+        )
+    half_step = 1 << (part.scaling_bits - part.grid_bits - 1)
+    noise = math.ceil(ckks.noise_bound(part.max_learners))
+    largest = part.max_learners * ((1 << part.scaling_bits) + half_step) + noise
+    if largest > (part.modulus - 1) // 2:
+        return (
+            f"grid bits {part.grid_bits}; with {part.max_learners} learners that round to so "
+            f"coarse a grid sums wrap with scaling bits {part.scaling_bits}"
+        )
+    if part.error < 2.0 ** -(part.grid_bits + 1):
+        return (
+            f"error {part.error:g}; with grid bits {part.grid_bits} a key can promise "
+            f"{2.0 ** -(part.grid_bits + 1):g}"
+        )
+    return None
+
+
+Check = Callable[[Any], bool]
+
+
+def _whole(least: int, most: int) -> tuple[Check, str]:
+    return (lambda v: type(v) is int and least <= v <= most), f"{least} to {most}"
+
+
+def _number(least: float, most: float) -> tuple[Check, str]:
+    return (lambda v: type(v) is float and least < v <= most), f"above {least:g} up to {most:g}"
+
+
+def _choice(*allowed: str) -> tuple[Check, str]:
+    return (lambda v: type(v) is str and v in allowed), " or ".join(allowed)
+
+
+def _bytes(least: int, most: int) -> tuple[Check, str]:
+    return (lambda v: type(v) is bytes and least <= len(v) <= most), f"{least} to {most} bytes"
+
+
+_PUBLIC_CHECKS: Final[dict[str, tuple[Check, str]]] = {
+    "profile": _choice(*ckks.PROFILES),
+    "limb_bits": _whole(32, 52),
+    # Below, 52 bits are not 128-bit secure; above, a block does not fit a chunk.
+    "ring_dimension": _whole(ckks.RING_DIMENSION, 1 << 14),
+    "modulus": _whole(1 << 31, (1 << 52) - 1),
+    "scaling_bits": _whole(14, 59),
+    "grid_bits": _whole(1, 59),
+    "max_learners": _whole(1, ckks.LEARNERS_MAX),
+    "error": _number(0, 1),
+    "min_contributors": _whole(1, ckks.LEARNERS_MAX),
+    "max_share": _number(0, 1),
+    "verify": _choice(*VERIFY),
+    "context": _bytes(1, FILE_BYTES_MAX),
+    "public_key": _bytes(1, FILE_BYTES_MAX),
+}
+_SECRET_CHECKS: Final[dict[str, tuple[Check, str]]] = {
+    "fingerprint": _bytes(16, 16),
+    "secret_key": _bytes(1, FILE_BYTES_MAX),
+}
+assert list(_PUBLIC_CHECKS) == [each.name for each in fields(PublicPart)]
+
+
+def _unpacked(
+    data: bytes, magic: bytes, what: str, checks: dict[str, tuple[Check, str]]
+) -> dict[str, Any]:
+    if len(data) > FILE_BYTES_MAX:
+        raise PeerError(f"{what} of {len(data)} bytes; at most {FILE_BYTES_MAX}")
+    if not data.startswith(magic):
+        raise PeerError(f"this is no {what} of a key: it does not begin with {magic.decode()}")
+    try:
+        found = msgpack.unpackb(data[len(magic) :])
+    except (msgpack.UnpackException, ValueError):
+        raise PeerError(f"the {what} is damaged: it is no msgpack") from None
+    if not isinstance(found, dict) or list(found) != list(checks):
+        raise PeerError(f"the {what} is damaged: it must hold {', '.join(checks)}")
+    for name, (check, allowed) in checks.items():
+        if not check(found[name]):
+            value = found[name]
+            shown = f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)[:60]
+            raise PeerError(f"{what}: {name} is {shown}; allowed is {allowed}")
+    return found
