@@ -1,7 +1,8 @@
 """The Python face of the C library, which folds updates into a model and checks their bytes.
 
-Rule: only this file touches `ffi` and `lib`, and it decides nothing: metis.h states the arithmetic
-and the bounds, C enforces them, and this file turns a status into an exception with C's own text.
+Rule: only this file and, for encrypted blocks, blocks.py and ckks.py touch `ffi` and `lib`. They
+decide nothing: metis.h states the arithmetic and the bounds, C enforces them, and a status becomes
+an exception with C's own text.
 
 Buffers are never copied: anything contiguous that lends its memory will do (bytes, bytearray,
 memoryview, mmap, a NumPy array; of ml_dtypes.bfloat16 its `.view("uint16")`). They are lent for
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +22,7 @@ from metisfl.native_c._ffi import ffi, lib
 if TYPE_CHECKING:
     from mmap import mmap
 
+    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Buffer",
     "WritableBuffer",
     "bench_add_pass",
+    "bench_limb_pass",
     "bench_scan",
     "crc32c",
     "first_non_finite",
@@ -58,6 +61,7 @@ DTYPES = frozenset(_DTYPES)
 """The names that every `dtype` argument allows."""
 
 _SIZE_MAX = 2**64 - 1
+_CHARS = ffi.typeof("char[]")
 
 
 class ArgumentError(ValueError):
@@ -133,8 +137,8 @@ class Accumulator:
         code, start = _code(dtype), _size("offset", offset)
         if len(updates) != len(weights):
             raise ArgumentError(f"{len(updates)} updates but {len(weights)} weights")
-        with ExitStack() as stack:
-            sources = [stack.enter_context(_borrow("values", update)) for update in updates]
+        sources = _borrow_all("values", updates)
+        try:
             length = len(sources[0]) if sources else 0
             for index, source in enumerate(sources):
                 if len(source) != length:
@@ -150,6 +154,8 @@ class Accumulator:
                 code,
                 start,
             )
+        finally:
+            _give_back(sources)
         _check(status)
 
     def finalise(self, dtype: str, out: WritableBuffer, divisor: float) -> None:
@@ -190,6 +196,18 @@ def bench_add_pass(accumulator: Accumulator, values: Buffer) -> None:
         _check(lib.metis_bench_add_pass(accumulator._handle, source, len(source)))
 
 
+def bench_limb_pass(sums: NDArray[np.uint64], limbs: NDArray[np.uint64]) -> None:
+    """For bench.py: `sums += limbs` in plain C; two contiguous uint64 arrays of one length."""
+    with _borrow("sums", sums, writable=True) as target, _borrow("limbs", limbs) as source:
+        if len(target) != len(source) or len(source) % 8 != 0:
+            raise ArgumentError(f"{len(source)} bytes of limbs for {len(target)} bytes of sums")
+        _check(
+            lib.metis_bench_limb_pass(
+                ffi.cast("uint64_t *", target), ffi.cast("uint64_t *", source), len(source) // 8
+            )
+        )
+
+
 def bench_scan(values: Buffer) -> int:
     """For bench.py: reads every byte, a multiple of 8 of them, and nothing else."""
     checksum = ffi.new("uint64_t *")
@@ -204,11 +222,28 @@ def _borrow(
     """The memory of `buffer`, given back at the end of the block, so that an mmap can close."""
     try:
         memory: AbstractContextManager[Any] = ffi.from_buffer(
-            "char[]", buffer, require_writable=writable
+            _CHARS, buffer, require_writable=writable
         )
     except (BufferError, ValueError) as error:
         raise ArgumentError(f"{name}: {error}") from error
     return memory
+
+
+def _borrow_all(name: str, buffers: Sequence[Buffer]) -> list[Any]:
+    """Likewise for each of `buffers`, until `_give_back`. Bare, since a fold is short."""
+    sources: list[Any] = []
+    try:
+        for buffer in buffers:
+            sources.append(ffi.from_buffer(_CHARS, buffer))
+    except (BufferError, ValueError) as error:
+        _give_back(sources)
+        raise ArgumentError(f"{name}: {error}") from error
+    return sources
+
+
+def _give_back(sources: list[Any]) -> None:
+    for source in sources:
+        ffi.release(source)
 
 
 def _code(dtype: str) -> int:

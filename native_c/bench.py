@@ -1,9 +1,7 @@
-"""`metisfl bench fold`: what a fold costs here, next to the memory's limit and to NumPy.
+"""`metisfl bench fold`: what a fold costs here, next to the memory's limit and to the alternatives.
 
-Rule: what is compared is measured in the same run, on the same arrays, in turns and in changing
-order; a ratio is taken within each turn and the median is reported, so that a machine that slows
-down or is shared slows both sides. If one bit of the sum differs from NumPy's, there is nothing
-to measure.
+Rule: if one bit of the sum differs from NumPy's, there is nothing to measure. How it is measured is
+in bench_turns.py; the encrypted scheme is in bench_ckks.py.
 """
 
 from __future__ import annotations
@@ -11,9 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -22,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metisfl import native_c
+from metisfl.native_c import bench_ckks
+from metisfl.native_c.bench_turns import in_turns, ratio
 
 __all__ = ["FoldFigures", "command", "measure"]
 
-SCHEMES = ("plain",)
-TURNS = 9
+SCHEMES = ("plain", "ckks")
 PARAMS_MAX = 2**32
 LEARNERS_MAX = 10_000
-QUIET_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,43 +85,55 @@ def command(argv: list[str]) -> int:
     parser.add_argument(
         "--learners", type=_whole(LEARNERS_MAX), default=10, metavar="N", help="updates to fold"
     )
+    parser.add_argument(
+        "--profile",
+        choices=list(bench_ckks.MODULI),
+        default="standard",
+        help="the size of limbs, with --scheme ckks (default: standard)",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="with --scheme ckks: also OpenFHE's own sum and, where installed, TenSEAL's",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
 
     # Float32 updates; four float64 arrays: the sums, NumPy's sums, its scratch space, a copy.
-    needed_gib = options.params * (4 * options.learners + 8 * 4) / 2**30
+    # Encrypted, a value is up to 6.5 bytes of an update and three arrays of whole limbs.
+    value_bytes = 7 if options.scheme == "ckks" else 4
+    needed_gib = options.params * (value_bytes * options.learners + 8 * 4) / 2**30
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if needed_gib > 0.8 * memory_gib:
         parser.error(
             f"this needs {needed_gib:.1f} GiB of memory, allowed are {0.8 * memory_gib:.1f} GiB, "
             "80 % of this machine's: lower --params or --learners"
         )
-    figures = measure(options.scheme, options.params, options.learners)
+    if options.scheme == "ckks":
+        encrypted = bench_ckks.measure(
+            options.profile, options.params, options.learners, peers=options.peers
+        )
+        print(json.dumps(asdict(encrypted)) if options.json else bench_ckks.table(encrypted))
+        return 0
+    figures = measure(options.params, options.learners)
     print(json.dumps(asdict(figures)) if options.json else _table(figures))
     return 0
 
 
-def measure(scheme: str, params: int, learners: int) -> FoldFigures:
-    """Checks the sums against NumPy's, then times every case `TURNS` times, in turns."""
-    started_s = time.monotonic()
+def measure(params: int, learners: int) -> FoldFigures:
+    """Checks the sums against NumPy's, then times every case, in turns."""
     generator = np.random.default_rng(20)
     updates = [generator.random(params, dtype=np.float32) for _ in range(learners)]
     weights: list[float] = generator.uniform(1.0, 1000.0, learners).tolist()
     by_numpy = NumpySum(updates, weights)
-    turns: list[dict[str, float]] = []
     with native_c.Accumulator(capacity=params) as accumulator:
         cases = _cases(accumulator, updates, weights) | {"numpy": by_numpy.run}
         by_numpy.run()
         _check_bits(accumulator, [cases["absorb"], cases["absorb_many"]], by_numpy.sums)
-        for turn in range(TURNS):
-            if time.monotonic() - started_s > QUIET_S:
-                print(f"turn {turn + 1} of {TURNS}", file=sys.stderr)
-            # In another order each time: what ran before decides what the caches still hold.
-            order = random.Random(turn).sample(sorted(cases), len(cases))
-            turns.append({name: _time_ns(cases[name]) / (params * learners) for name in order})
+        turns = in_turns(cases, params * learners)
     times = {name: median(turn[name] for turn in turns) for name in cases}
     return FoldFigures(
-        scheme=scheme,
+        scheme="plain",
         params=params,
         learners=learners,
         kernel=native_c.kernel(),
@@ -135,8 +142,8 @@ def measure(scheme: str, params: int, learners: int) -> FoldFigures:
         gb_per_s=updates[0].itemsize / times["absorb"],
         add_pass_ns=times["add_pass"],
         scan_ns=times["scan"],
-        fraction_of_add_pass=median(turn["add_pass"] / turn["absorb"] for turn in turns),
-        fraction_of_scan=median(turn["scan"] / turn["absorb_many"] for turn in turns),
+        fraction_of_add_pass=ratio(turns, "add_pass", "absorb"),
+        fraction_of_scan=ratio(turns, "scan", "absorb_many"),
         numpy_ns=times["numpy"],
     )
 
@@ -174,12 +181,6 @@ def _check_bits(
         accumulator.finalise("float64", sums, 1.0)
         if not np.array_equal(sums.view(np.uint64), expected.view(np.uint64)):
             raise AssertionError(f"{fold.__name__} and NumPy disagree on the sum")
-
-
-def _time_ns(case: Callable[[], None]) -> int:
-    start_ns = time.perf_counter_ns()
-    case()
-    return time.perf_counter_ns() - start_ns
 
 
 def _whole(most: int) -> Callable[[str], int]:

@@ -52,3 +52,32 @@ metis_status metis_bench_scan(const void *values, size_t bytes, uint64_t *checks
   *checksum = sum;
   return METIS_OK;
 }
+
+static inline __attribute__((always_inline)) void limb_pass(uint64_t *restrict sums,
+                                                            const uint64_t *restrict limbs,
+                                                            size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    sums[i] += limbs[i];
+  }
+}
+
+#if defined(METIS_HAVE_AVX2)
+__attribute__((target("avx2"))) static void limb_pass_avx2(uint64_t *sums, const uint64_t *limbs,
+                                                           size_t count) {
+  limb_pass(sums, limbs, count);
+}
+#endif
+
+metis_status metis_bench_limb_pass(uint64_t *sums, const uint64_t *limbs, size_t count) {
+  if (sums == NULL || limbs == NULL) {
+    return metis_refuse("a bench pass over %zu limbs of nothing", count);
+  }
+#if defined(METIS_HAVE_AVX2)
+  if (metis_pick_kernels() == &metis_avx2) {
+    limb_pass_avx2(sums, limbs, count);
+    return METIS_OK;
+  }
+#endif
+  limb_pass(sums, limbs, count);
+  return METIS_OK;
+}

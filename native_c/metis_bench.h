@@ -12,4 +12,7 @@ metis_status metis_bench_add_pass(metis_accumulator *self, const void *values, s
  * is a multiple of 8. */
 metis_status metis_bench_scan(const void *values, size_t bytes, uint64_t *checksum);
 
+/* sums[i] += limbs[i]: limbs as words of 64 bits, no weight, no checksum. */
+metis_status metis_bench_limb_pass(uint64_t *sums, const uint64_t *limbs, size_t count);
+
 #endif

@@ -24,10 +24,30 @@ static uint64_t load(const uint8_t *data) {
   return word;
 }
 
-static uint64_t product(uint64_t crc, uint32_t power) {
+/* An address past the end is never read through. */
+static void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }
+
+static uint64_t product(uint64_t crc, uint64_t power) {
   const __m128i both = _mm_clmulepi64_si128(_mm_cvtsi64_si128((long long)crc),
                                             _mm_cvtsi64_si128((long long)power), 0);
   return (uint64_t)_mm_cvtsi128_si64(both);
+}
+
+static uint64_t reduced_product(uint64_t crc, uint64_t power) {
+  return _mm_crc32_u64(0, product(crc, power));
+}
+
+uint64_t metis_crc32c_join_sse42(const uint64_t remainders[3], size_t bytes) {
+  uint64_t power = 0xA9CDDA0D;  /* x^-33 */
+  uint64_t square = 0xBF818109; /* x^(8 - 33) */
+  for (; bytes != 0; bytes >>= 1) {
+    if (bytes % 2 != 0) {
+      power = reduced_product(power, square);
+    }
+    square = reduced_product(square, square);
+  }
+  const uint64_t two = reduced_product(remainders[0], power) ^ remainders[1];
+  return reduced_product(two, power) ^ remainders[2];
 }
 
 uint32_t metis_crc32c_sse42(uint32_t start, const uint8_t *data, size_t bytes) {
@@ -36,6 +56,11 @@ uint32_t metis_crc32c_sse42(uint32_t start, const uint8_t *data, size_t bytes) {
     uint64_t second = 0;
     uint64_t third = 0;
     for (size_t i = 0; i < LANE_BYTES; i += 8) {
+      if (i % 64 == 0) { /* the processor's own prefetcher gets lost among the lanes */
+        prefetch(data + 3 * LANE_BYTES + i);
+        prefetch(data + 4 * LANE_BYTES + i);
+        prefetch(data + 5 * LANE_BYTES + i);
+      }
       crc = _mm_crc32_u64(crc, load(data + i));
       second = _mm_crc32_u64(second, load(data + LANE_BYTES + i));
       third = _mm_crc32_u64(third, load(data + 2 * LANE_BYTES + i));

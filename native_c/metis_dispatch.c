@@ -11,7 +11,7 @@
 /* Older compilers know no name for F16C, so its bit is read here; whether the operating system
  * keeps wide registers is what the compiler's own check of AVX2 includes. */
 bool metis_cpu_has_avx2(void) {
-  const unsigned needed = bit_SSE4_2 | bit_PCLMUL | bit_F16C;
+  const unsigned needed = bit_SSE4_2 | bit_PCLMUL | bit_F16C | bit_AES;
   unsigned eax, ebx, ecx, edx;
   return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
          (ecx & needed) == needed;

@@ -144,4 +144,8 @@ const metis_kernels metis_avx2 = {
              [METIS_INT32] = fold_int32},
     .round = {[METIS_FLOAT16] = round_float16, [METIS_BFLOAT16] = round_bfloat16},
     .crc32c = metis_crc32c_sse42,
+    .add_packed = metis_add_packed_avx2,
+    .unpack = metis_unpack_avx2,
+    .pack = metis_pack_portable,
+    .keystream = metis_keystream_aesni,
 };

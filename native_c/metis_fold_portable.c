@@ -234,4 +234,8 @@ const metis_kernels metis_portable = {
              [METIS_UINT64] = scan_nothing,
              [METIS_BOOL] = scan_nothing},
     .crc32c = metis_crc32c_portable,
+    .add_packed = metis_add_packed_portable,
+    .unpack = metis_unpack_portable,
+    .pack = metis_pack_portable,
+    .keystream = metis_keystream_portable,
 };

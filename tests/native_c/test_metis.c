@@ -161,6 +161,12 @@ static void bench_passes_check_their_lengths(void) {
   CHECK(metis_accumulator_begin(sums, 2) == METIS_OK, "%s", metis_error_text());
   REFUSED(metis_bench_add_pass(sums, values, 4), "4 bytes");
   REFUSED(metis_bench_scan(values, 4, &checksum), "4 bytes");
+  uint64_t limbs[2] = {UINT64_MAX, 1};
+  REFUSED(metis_bench_limb_pass(limbs, NULL, 2), "2 limbs of nothing");
+  REFUSED(metis_bench_limb_pass(NULL, limbs, 2), "2 limbs of nothing");
+  CHECK(metis_bench_limb_pass(limbs, (const uint64_t[]){2, 3}, 2) == METIS_OK, "%s",
+        metis_error_text());
+  CHECK(limbs[0] == 1 && limbs[1] == 4, "the pass did not add");
   CHECK(metis_bench_add_pass(sums, values, 8) == METIS_OK, "%s", metis_error_text());
   CHECK(metis_bench_scan(values, 8, &checksum) == METIS_OK && checksum, "%s", metis_error_text());
   CHECK(metis_accumulator_finalise(sums, METIS_FLOAT64, 1.0, out, 16) == METIS_OK && out[1] == 2.0,
