@@ -23,6 +23,7 @@ from metisfl.broker.loop import Loop
 from metisfl.broker.store import Store
 from metisfl.broker.writer import Writer
 from metisfl.deploy import logs, run
+from metisfl.deploy.ckks_keys import refuse_secret_parts
 from metisfl.deploy.curve import Authenticator, secure_server, self_test
 from metisfl.deploy.keys import PEERS_FILE, Identity, load_identity, load_peers
 from metisfl.deploy.options import INGRESS, LIVE, add_option, daemon_parser
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(home: Path, ingress: str, live: str, stop: run.PollableStop) -> None:
     """Serve until `stop`. Raises MetisError if that cannot begin or go on."""
+    refuse_secret_parts("the broker", [home, home / "keys", home / LOG_FOLDER])
     identity = load_identity(home / "keys")
     if identity.principal != "broker":
         raise UserError(

@@ -91,3 +91,7 @@ def _summary(entry: EntryPoint) -> str:
     source = getattr(spec.loader, "get_source", lambda _: None)(entry.module)
     docstring = (ast.get_docstring(ast.parse(source)) if source else None) or ""
     return " ".join(docstring.split("\n\n")[0].split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,10 +7,8 @@ A public key may contain `#`, so a comment is a line that starts with `#`, never
 
 from __future__ import annotations
 
-import argparse
 import os
 import stat
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,15 +21,19 @@ from metisfl.proto.topics import check_name
 __all__ = [
     "IDENTITY_FILE",
     "PEERS_FILE",
+    "PRINCIPALS_ALLOWED",
     "SERVERS_FILE",
     "Identity",
     "add_peer",
     "add_server",
+    "check_mode",
     "check_principal",
     "create_identity",
+    "is_public_key",
     "load_identity",
     "load_peers",
     "load_servers",
+    "write_new",
 ]
 
 IDENTITY_FILE = "identity.key"
@@ -93,7 +95,7 @@ def create_identity(folder: Path, principal: str) -> Identity:
     path = folder / IDENTITY_FILE
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_new(path, text.encode())
+        write_new(path, text.encode())
     except FileExistsError:
         raise UserError(
             f"{path} exists and a key pair is never overwritten; to make a new one, move the old "
@@ -123,7 +125,7 @@ def load_identity(folder: Path) -> Identity:
         raise UserError(f"{path}: no line {' and no line '.join(missing)}; {remedy}")
     principal = _principal_at(str(path), fields["principal"])
     public, secret = fields["public"].encode(), fields["secret"].encode()
-    if not (_is_key(public) and _is_key(secret)) or zmq.curve_public(secret) != public:
+    if not (is_public_key(public) and is_public_key(secret)) or zmq.curve_public(secret) != public:
         raise UserError(f"{path}: public and secret are not a key pair; the file is damaged")
     return Identity(principal, public, secret)
 
@@ -163,44 +165,6 @@ def add_server(folder: Path, principal: str, public: bytes) -> None:
     _add(folder / SERVERS_FILE, SERVERS_TEXT, principal, public)
 
 
-def command(argv: list[str]) -> int:
-    """`metisfl keys`: make this site's key pair, or print its public line."""
-    parser = argparse.ArgumentParser(
-        prog="metisfl keys",
-        description="Key pairs of sites and servers. Every connection is encrypted and both ends "
-        "are known by their public keys.",
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    identity = actions.add_parser(
-        "identity",
-        help="make a key pair for this site",
-        description="Make a key pair in DIR/identity.key and print the public line, which the "
-        "operators of the broker and the controller put into their `peers` file.",
-    )
-    identity.add_argument("principal", metavar="PRINCIPAL", help=PRINCIPALS_ALLOWED)
-    show = actions.add_parser(
-        "show",
-        help="print the public line of this site's key pair",
-        description="Print the public line of DIR/identity.key: safe to send to anybody.",
-    )
-    for action in (identity, show):
-        action.add_argument(
-            "--folder", type=Path, required=True, metavar="DIR", help="this site's keys folder"
-        )
-    options = parser.parse_args(argv)
-    if options.action == "identity":
-        made = create_identity(options.folder, options.principal)
-        print(
-            f"wrote {options.folder / IDENTITY_FILE}; it is secret, keep it on this machine. "
-            "Give this line to the operators of the broker and the controller:",
-            file=sys.stderr,
-        )
-        print(made.public_line)
-    else:
-        print(load_identity(options.folder).public_line)
-    return 0
-
-
 def _load_list(path: Path, remedy: str) -> dict[str, bytes]:
     """Read lines `principal z85key`, in file order."""
     keys: dict[str, bytes] = {}
@@ -211,7 +175,7 @@ def _load_list(path: Path, remedy: str) -> dict[str, bytes]:
                 f"{path}:{number}: {len(words)} words; allowed is `principal publickey`"
             )
         principal, key = _principal_at(f"{path}:{number}", words[0]), words[1].encode()
-        if not _is_key(key):
+        if not is_public_key(key):
             raise UserError(
                 f"{path}:{number}: {words[1]!r} is not a public key: 40 characters, as printed by "
                 "`metisfl keys show`"
@@ -227,7 +191,7 @@ def _load_list(path: Path, remedy: str) -> dict[str, bytes]:
 
 def _add(path: Path, heading: str, principal: str, public: bytes) -> None:
     check_principal(principal)
-    if not _is_key(public):
+    if not is_public_key(public):
         raise UserError(f"{public!r} is not a public key: 40 characters of Z85")
     known = _load_list(path, "") if path.exists() else {}
     if known.get(principal) == public:
@@ -244,7 +208,7 @@ def _add(path: Path, heading: str, principal: str, public: bytes) -> None:
         mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
         replacement = path.with_name(f".{path.name}.{os.getpid()}")
         replacement.unlink(missing_ok=True)
-        _write_new(replacement, f"{before}{gap}{principal} {public.decode()}\n".encode())
+        write_new(replacement, f"{before}{gap}{principal} {public.decode()}\n".encode())
         replacement.chmod(mode)
         os.replace(replacement, path)
     except OSError as error:
@@ -256,7 +220,7 @@ def _lines(path: Path, remedy: str, mode_refused: int) -> list[tuple[int, list[s
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())  # of the file that is read, not of its name
-            _check_mode(path, status.st_mode, mode_refused)
+            check_mode(path, status.st_mode, mode_refused)
             if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES_MAX:
                 raise UserError(
                     f"{path}: {status.st_size} bytes; expected a file of up to {FILE_BYTES_MAX}"
@@ -272,7 +236,8 @@ def _lines(path: Path, remedy: str, mode_refused: int) -> list[tuple[int, list[s
     return [(n, line.split()) for n, line in numbered if line.strip() and line.strip()[0] != "#"]
 
 
-def _check_mode(path: Path, mode: int, refused: int) -> None:
+def check_mode(path: Path, mode: int, refused: int) -> None:
+    """Raise UserError if any of the bits `refused` is set: others could read or change it."""
     # systemd shows a credential that an ACL gives to the unit's user as 0440: the group bits are
     # the ACL's mask, and the folder is closed to everybody else.
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
@@ -294,7 +259,7 @@ def _principal_at(where: str, text: str) -> str:
         raise UserError(f"{where}: {error}") from None
 
 
-def _is_key(text: bytes) -> bool:
+def is_public_key(text: bytes) -> bool:
     """Tell whether `text` is 32 bytes in Z85; five characters can stand for more than 32 bits."""
     if len(text) != 40 or not set(text) <= z85.Z85MAP.keys():
         return False
@@ -305,7 +270,7 @@ def _is_key(text: bytes) -> bool:
     )
 
 
-def _write_new(path: Path, content: bytes) -> None:
+def write_new(path: Path, content: bytes) -> None:
     """Create `path` with mode 0600 from its first moment; FileExistsError if there is one."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import zmq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zmq.utils import z85
 
-from metisfl.deploy import keys
+from metisfl.deploy import keys, keys_command
 from metisfl.proto.errors import MachineError, UserError
 
 KEY_A = b"rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
@@ -214,6 +214,7 @@ def test_adding_never_replaces_a_key_silently(tmp_path: Path) -> None:
     assert keys.load_servers(tmp_path) == {"broker": KEY_A}
 
 
+@settings(deadline=None)  # a busy disk is no mistake
 @given(st.dictionaries(principals, public_keys, max_size=5))
 def test_what_was_added_is_what_loads(scratch: Path, listed: dict[str, bytes]) -> None:
     (scratch / "peers").unlink(missing_ok=True)
@@ -224,6 +225,7 @@ def test_what_was_added_is_what_loads(scratch: Path, listed: dict[str, bytes]) -
         assert keys.load_peers(scratch) == {key: who for who, key in distinct.items()}
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | st.lists(
@@ -255,17 +257,17 @@ def test_the_command_prints_the_public_line_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "keys"
-    assert keys.command(["identity", "learner:a", "--folder", str(folder)]) == 0
+    assert keys_command.command(["identity", "learner:a", "--folder", str(folder)]) == 0
     made = keys.load_identity(folder)
     printed = capsys.readouterr()
     assert printed.out == f"learner:a {made.public.decode()}\n"
     assert made.secret.decode() not in printed.err
-    assert keys.command(["show", "--folder", str(folder)]) == 0
+    assert keys_command.command(["show", "--folder", str(folder)]) == 0
     assert capsys.readouterr().out == printed.out
 
 
 def test_the_commands_help_says_what_a_principal_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        keys.command(["identity", "--help"])
+        keys_command.command(["identity", "--help"])
     assert ended.value.code == 0
     assert keys.PRINCIPALS_ALLOWED in capsys.readouterr().out
