@@ -23,16 +23,20 @@ from metisfl.proto.bulk import (
     model_subject,
 )
 from metisfl.proto.chunk import (
+    CKKS,
+    PLAIN,
     check_payload,
     chunk_count,
     chunk_extent,
     describe_chunk,
+    exponents_of,
     short_digest,
     task_digest,
 )
 from metisfl.proto.credit import WINDOW_CHUNKS, Arrival, Receiver, Sender
 from metisfl.proto.errors import PeerError
 from metisfl.proto.model_file import ModelFile
+from metisfl.proto.tensors import is_encrypted, parse_manifest
 
 __all__ = ["Download", "DownloadRefused", "Upload", "UploadRefused"]
 
@@ -60,7 +64,7 @@ class Upload:
         self._model = model
         self._open = Open(task_id, federation, digest, model.payload_bytes, model.manifest_bytes)
         self._manifest_digest = short_digest(model.manifest_bytes)
-        self._sender = Sender(chunk_count(model.payload_bytes))
+        self._sender = Sender(chunk_count(model.manifest))
 
     def question(self) -> Frame:
         """OPEN; whatever was under way before is void."""
@@ -85,7 +89,7 @@ class Upload:
         if not self._sender.ready:
             return None
         index = self._sender.next
-        start, stop = chunk_extent(index, self._model.payload_bytes)
+        start, stop = chunk_extent(index, self._model.manifest)
         payload = self._model.pread(start, stop - start)
         header = describe_chunk(
             self._model.manifest,
@@ -115,7 +119,7 @@ class Download:
         self._digest = digest
         self._part = part
         self._receiver: Receiver | None = None
-        self._manifest_digest = b""
+        self._header_fields: tuple[object, ...] = ()
         self._owed: Frame | None = None
         self._damaged = 0
 
@@ -157,7 +161,13 @@ class Download:
         part = self._part
         asked_from = part.received
         part.begin(frame.manifest)
-        self._manifest_digest = short_digest(frame.manifest)
+        manifest = parse_manifest(frame.manifest)
+        self._header_fields = (
+            short_digest(frame.manifest),
+            part.count,
+            CKKS if is_encrypted(manifest) else PLAIN,
+            exponents_of(manifest),
+        )
         self._receiver = receiver = Receiver(part.count, part.received)
         receiver.widen(min(WINDOW_CHUNKS, part.count - part.received))
         if part.received != asked_from:
@@ -166,7 +176,8 @@ class Download:
 
     def _chunk(self, receiver: Receiver, frame: Chunk) -> bool:
         header = frame.header
-        if (header.manifest, header.count) != (self._manifest_digest, receiver.count):
+        found = (header.manifest, header.count, header.privacy, header.exponents)
+        if found != self._header_fields:
             raise PeerError(f"chunk {header.index} is part of another model than was announced")
         arrival = receiver.arrived(header.index)
         if arrival is Arrival.NEXT:

@@ -38,6 +38,9 @@ class Instant:
             raise UserError(f"data {source!r}: a number of parameters, 1 to {PARAMETERS_MAX}")
         self._parameters = int(source)
 
+    def examples(self) -> int:
+        return 1
+
     def initialise(self, seed: int) -> Sequence[Tensor]:
         return [Tensor("vector", np.zeros(self._parameters, np.float32), trainable=True)]
 

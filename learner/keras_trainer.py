@@ -77,6 +77,10 @@ class KerasTrainer:
             if id(variable) not in self._seed_states
         ]
 
+    def examples(self) -> int:
+        """See Trainer."""
+        return self._data["train"].examples
+
     def initialise(self, seed: int) -> list[Tensor]:
         """See Trainer. Builds a second model, since initialisers draw only when one is built."""
         self._seed_everything(seed)

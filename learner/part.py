@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from metisfl.proto.chunk import CHUNK_BYTES, Buffer, chunk_count
+from metisfl.proto.chunk import Buffer, chunk_bytes, chunk_count
 from metisfl.proto.digest import RunningDigest
 from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.model_file import header_of
@@ -43,7 +43,7 @@ class PartFile:
         if self.begun and size == self._payload_offset + self._payload_bytes:
             self.received = self.count
         elif self.begun:
-            self.received = min(max(0, size - self._payload_offset) // CHUNK_BYTES, self.count)
+            self.received = min(max(0, size - self._payload_offset) // self._step, self.count)
         self.resumed = self.received > 0
         """Whether some of it is from an earlier attempt."""
 
@@ -80,7 +80,7 @@ class PartFile:
 
     def append(self, payload: Buffer) -> None:
         """Add chunk `received`, checked before."""
-        offset = self.received * CHUNK_BYTES
+        offset = self.received * self._step
         with self._on_disk():
             written = os.pwrite(self._descriptor, payload, self._payload_offset + offset)
             if written != len(payload):
@@ -91,7 +91,7 @@ class PartFile:
     def catch_up(self) -> bool:
         """Hash one slice of what is there and not hashed yet; return whether that is all."""
         with self._on_disk():
-            return self._digest.advance(min(self.received * CHUNK_BYTES, self._payload_bytes))
+            return self._digest.advance(min(self.received * self._step, self._payload_bytes))
 
     def matches(self) -> bool:
         """Whether the complete, hashed content is the model that is wanted."""
@@ -125,8 +125,10 @@ class PartFile:
         self.manifest_bytes = manifest_bytes
         self.received = 0
         self._payload_offset: int = len(header_of(manifest_bytes))
-        self._payload_bytes: int = parse_manifest(manifest_bytes).payload_bytes
-        self.count: int = chunk_count(self._payload_bytes)
+        manifest = parse_manifest(manifest_bytes)
+        self._payload_bytes: int = manifest.payload_bytes
+        self._step: int = chunk_bytes(manifest)
+        self.count: int = chunk_count(manifest)
         self._digest = RunningDigest(self._descriptor, manifest_bytes)
 
     @contextmanager

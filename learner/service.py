@@ -12,13 +12,16 @@ import structlog
 
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
 from metisfl.deploy import logs, run
+from metisfl.deploy.ckks_keys import PUBLIC_FILE, SECRET_FILE, load_public, load_secret
 from metisfl.deploy.database import open_database, sole_process
 from metisfl.deploy.keys import load_identity, load_servers
 from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of
+from metisfl.learner.home import Home
 from metisfl.learner.shell import SOFTWARE, Learner
 from metisfl.learner.transfer import BulkClient
 from metisfl.learner.worker import Worker
 from metisfl.proto import topics
+from metisfl.proto.ckks_key import PublicPart
 from metisfl.proto.errors import UserError
 
 __all__ = ["main"]
@@ -29,21 +32,26 @@ _log = structlog.get_logger()
 async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     """Run the learner until `stop`. Raises MetisError for whatever keeps it from its work."""
     home: Path = options.home
-    for folder in ("models", "outbox", "final"):
-        (home / folder).mkdir(parents=True, exist_ok=True)
     identity = load_identity(home / "keys")
     principal = f"learner:{options.name}"
     if identity.principal != principal:
         raise UserError(f"{home}/keys holds the key of {identity.principal}, not of {principal}")
     servers = load_servers(home / "keys", "broker", "controller")
+    public = _key_of_site(home / "keys")
     with sole_process(home, "learner"):
         connection = open_database(home / "learner.db")
         outbox = Outbox(connection, principal)
-        worker = Worker(app=options.app, path=options.path, source=options.data or options.name)
+        worker = Worker(
+            app=options.app,
+            path=options.path,
+            source=options.data or options.name,
+            keys=None if public is None else home / "keys",
+        )
         bulk = BulkClient(
             options.bulk,
             ClientKeys(identity.public, identity.secret, servers["controller"]),
             federation=options.federation,
+            encrypted_only=public is not None,
         )
         client = BrokerClient(
             ingress=options.ingress,
@@ -58,12 +66,13 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
                 learner = Learner(
                     name=options.name,
                     federation=options.federation,
-                    home=home,
+                    home=Home(home),
                     connection=connection,
                     outbox=outbox,
                     client=client,
                     bulk=bulk,
                     worker=worker,
+                    public=public,
                 )
                 run.ready()
                 try:
@@ -73,6 +82,22 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
         finally:
             await worker.close()
             connection.close()
+
+
+def _key_of_site(folder: Path) -> PublicPart | None:
+    """The public part of the site's key, once both parts are there; None at a plain site.
+
+    Raises UserError. The secret part is for the training process; it is not kept here.
+    """
+    public = load_public(folder)
+    if public is not None:
+        load_secret(folder)
+    elif (folder / SECRET_FILE).exists():
+        raise UserError(
+            f"{folder / SECRET_FILE} is there and {folder / PUBLIC_FILE} is not; copy it from the "
+            "site that made the key, or take the secret part away for a plain federation"
+        )
+    return public
 
 
 async def _until_stopped(

@@ -9,36 +9,34 @@ depends on them leaves the site.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sqlite3
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
 from metisfl import __version__
-from metisfl.broker.client import BrokerClient, Outbox, Record
+from metisfl.broker.client import BrokerClient, Outbox
 from metisfl.deploy.database import transaction
 from metisfl.deploy.run import StopSignal
 from metisfl.learner import task as t
+from metisfl.learner.assignment import event_of, job_of, outcome_of, refusal
+from metisfl.learner.home import Home, is_intact
 from metisfl.learner.state import TaskTable
-from metisfl.learner.trainer import Hyperparameters
-from metisfl.learner.transfer import BulkClient, DownloadRefused, UploadRefused
-from metisfl.learner.worker import Job, Progress, Result, TrainingCancelled, TrainingError, Worker
-from metisfl.learner.worker_messages import DURABLE_S
+from metisfl.learner.transfer import BulkClient, DownloadRefused, NotEncrypted, UploadRefused
+from metisfl.learner.verification import NotTheFold, verify
+from metisfl.learner.worker import Progress, TrainingCancelled, TrainingError, Worker
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
-from metisfl.proto.errors import MachineError, PeerError, UserError
-from metisfl.proto.events import REASON_CHARACTERS_MAX, decode, may_send
-from metisfl.proto.model_file import open_model
+from metisfl.proto.ckks_key import PublicPart
+from metisfl.proto.errors import MachineError, UserError
+from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = ["SOFTWARE", "Learner"]
 
 BEAT_S: Final = 1.0
 CANCEL_GRACE_S: Final = 5.0
-PRIVACY_MODES: Final = ("plain",)
 SOFTWARE: Final = f"metisfl {__version__}"
 
 _log = structlog.get_logger()
@@ -52,13 +50,15 @@ class Learner:
         *,
         name: str,
         federation: str,
-        home: Path,
+        home: Home,
         connection: sqlite3.Connection,
         outbox: Outbox,
         client: BrokerClient,
         bulk: BulkClient,
         worker: Worker,
+        public: PublicPart | None = None,
     ) -> None:
+        """With `public`, the public part of the site's key, the learner sends nothing in plain."""
         self._name = name
         self._federation = federation
         self._home = home
@@ -67,8 +67,11 @@ class Learner:
         self._client = client
         self._bulk = bulk
         self._worker = worker
+        self._public = public
+        self._privacy = "plain" if public is None else "ckks"
         self._table = TaskTable(connection)
         self._tasks = self._saved = self._table.load(name)
+        self._verified = b""  # the model whose fold this process has done again
         self._fetched = b""  # the model that this process has seen to be whole
         self._cursors: dict[str, int] = {}  # how far lanes were read since the last save
         self._activities: dict[str, asyncio.Task[None]] = {}  # by task id
@@ -85,16 +88,20 @@ class Learner:
             reason = str(error)[:REASON_CHARACTERS_MAX]
             self._publish_membership(pb.LearnerLeft(learner=self._name, reason=reason))
             await self._client.drained(timeout_s=CANCEL_GRACE_S)
-            raise UserError(f"the application cannot be loaded: {error}") from error
+            kind = MachineError if error.fault == "machine" else UserError
+            raise kind(f"this site cannot take part: {error}") from error
         joined = pb.LearnerJoined(
-            learner=self._name, software=SOFTWARE, privacy_modes=PRIVACY_MODES
+            learner=self._name,
+            software=SOFTWARE,
+            privacy_modes=(self._privacy,),
+            examples=self._worker.examples,
         )
         self._publish_membership(joined)
-        self._sweep()
+        self._home.tidy(self._tasks)
         for effect in t.resume(self._tasks):
             if isinstance(effect, t.Upload):
-                update = self._update_path(effect.task.task_id)
-                if not await asyncio.to_thread(_is_intact, update, effect.digest):
+                update = self._home.update_path(effect.task.task_id)
+                if not await asyncio.to_thread(is_intact, update, effect.digest):
                     self._handle([t.Lost(effect.task.task_id)])
                     continue
             self._perform([effect])
@@ -108,7 +115,7 @@ class Learner:
     async def follow(self, lane: str) -> None:
         """Apply the records of one lane, batch by batch."""
         async for batch in self._client.records(lane):
-            events = [event for record in batch.records if (event := _event_of(record))]
+            events = [event for record in batch.records if (event := event_of(record))]
             self._handle(events, lane, batch.through)
 
     async def beat(self, stop: StopSignal) -> None:
@@ -130,8 +137,18 @@ class Learner:
             self._outbox.append(topic, message)
         self._client.flush()
 
-    def _handle(self, events: Sequence[t.Event], lane: str = "", through: int = 0) -> None:
-        """Apply events, save what must not be lost, then act. `lane` was read up to `through`."""
+    def _handle(
+        self,
+        events: Sequence[t.Event],
+        lane: str = "",
+        through: int = 0,
+        *,
+        durable: bool = False,
+    ) -> None:
+        """Apply events, save what must not be lost, then act. `lane` was read up to `through`.
+
+        A report outlives a power cut; that something was made does if it is `durable` itself.
+        """
         tasks = self._tasks
         effects: list[t.Effect] = []
         for event in events:
@@ -141,16 +158,11 @@ class Learner:
         if lane:
             self._cursors[lane] = through
         reports = [effect.message for effect in effects if isinstance(effect, t.Report)]
-        made = [effect.task.task_id for effect in effects if isinstance(effect, t.Upload)]
-        if reports or made:
-            outcomes = (tasks.jobs[task_id].outcome for task_id in made)
-            long_work = any(one is not None and one.training_s >= DURABLE_S for one in outcomes)
-            self.save(reports, durable=bool(reports) or long_work)
+        if reports or any(isinstance(effect, t.Upload) for effect in effects):
+            self.save(reports, durable=bool(reports) or durable)
         self._perform(effects)
 
-    def save(
-        self, reports: Sequence[pb.TaskCompleted | pb.TaskFailed] = (), *, durable: bool = True
-    ) -> None:
+    def save(self, reports: Sequence[t.Answer] = (), *, durable: bool = True) -> None:
         """Commit the tasks, the reports and the cursors that belong together.
 
         What is not saved yet can be had again: a task that was only accepted is in the broker's log
@@ -177,19 +189,22 @@ class Learner:
             if isinstance(effect, t.Fetch):
                 self._start(effect.task, partial(self._fetch, effect.task))
             elif isinstance(effect, t.Work):
-                self._start(effect.task, partial(self._work, effect.task))
+                self._start(effect.task, partial(self._work, effect.task, effect.outcome))
             elif isinstance(effect, t.Upload):
                 self._start(effect.task, partial(self._upload, effect.task, effect.digest))
             elif isinstance(effect, t.Stop):
                 self._stop(effect.task_id)
             elif isinstance(effect, t.Discard):
-                self._update_path(effect.task_id).unlink(missing_ok=True)
+                self._home.sweep(self._tasks, writing=bool(self._working))
 
     def _start(self, task: pb.TaskAssigned, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         async def act() -> None:
             async with self._turn:
                 with structlog.contextvars.bound_contextvars(round=task.round, task=task.task_id):
-                    await work()
+                    if why := refusal(task, self._privacy):
+                        self._fail(task, why)
+                    else:
+                        await work()
 
         def ended(activity: asyncio.Task[None]) -> None:
             if self._activities.get(task.task_id) is activity:
@@ -214,77 +229,102 @@ class Learner:
             self._activities[task_id].cancel()
 
     async def _fetch(self, task: pb.TaskAssigned) -> None:
-        digest, path = task.model_digest, self._model_path(task.model_digest)
+        digest, path = task.model_digest, self._home.model_path(task.model_digest)
         here = digest == self._fetched or (
-            path.exists() and await asyncio.to_thread(_is_intact, path, digest)
+            path.exists() and await asyncio.to_thread(is_intact, path, digest)
         )
         if not here:
-            for old in path.parent.glob("*.model"):
-                old.unlink()
+            self._home.drop_models()
             try:
                 await self._bulk.download(
                     digest, path, on_progress=partial(self._progress, task, "fetching")
                 )
             except DownloadRefused as error:  # as when the round is long over
-                _log.error("no model", why=str(error))
-                reason = f"the controller has not given the model: {error}"
-                self._handle([t.Failed(task.task_id, reason)])
+                self._fail(task, f"the controller has not given the model: {error}")
                 return
         self._fetched = digest
         self._handle([t.Fetched(task.task_id)])
 
-    async def _work(self, task: pb.TaskAssigned) -> None:
+    async def _work(self, task: pb.TaskAssigned, trained: t.Outcome | None) -> None:
+        """Do a task; what an earlier attempt `trained` is only sealed."""
+
         def on_progress(progress: Progress) -> None:
             self._progress(task, "working", progress.fraction, progress.metrics)
 
+        if trained is not None:
+            path = self._home.trained_path(task)
+            if not await asyncio.to_thread(is_intact, path, trained.trained_digest):
+                self._handle([t.Lost(task.task_id)])
+                return
+        if not await self._is_the_fold(task):
+            return
         self._working = task.task_id
         try:
-            result = await self._worker.run(self._job(task), on_progress)
+            result = await self._worker.run(job_of(task, self._home, trained), on_progress)
         except TrainingCancelled as error:
             _log.info("stopped", why=str(error))
             return
         except TrainingError as error:
-            _log.error("task failed", why=str(error))
-            self._handle([t.Failed(task.task_id, str(error))])
+            self._fail(task, str(error))
             return
         finally:
             self._working = ""
             if task.task_id not in self._tasks.jobs:
-                self._sweep()
+                self._home.sweep(self._tasks, writing=False)
         done = {pb.INITIALISE: "built the model", pb.TRAIN: "trained", pb.EVALUATE: "evaluated"}
-        _log.info(done[task.kind], examples=result.examples, seconds=round(result.training_s, 3))
-        self._handle([t.Done(task.task_id, _outcome(result))])
+        what = done[task.kind] if trained is None else "sealed again"
+        _log.info(what, examples=result.examples, seconds=round(result.training_s, 3))
+        outcome = outcome_of(result, trained)
+        if result.exceeded:
+            _log.info("update does not fit", tensor=result.exceeded, attempt=task.attempt)
+            self._handle([t.Exceeded(task.task_id, outcome, result.exceeded)])
+        else:
+            self._handle([t.Done(task.task_id, outcome)], durable=result.durable)
+
+    async def _is_the_fold(self, task: pb.TaskAssigned) -> bool:
+        """Whether the task's model is the fold of its updates, if this federation verifies.
+
+        It is asked before a model is opened for the first time, to train on or to evaluate.
+        """
+        if self._public is None or self._public.verify != "full":
+            return True
+        if task.model_digest in (b"", self._verified):
+            return True
+        try:
+            await verify(
+                self._home.model_path(task.model_digest),
+                task.model_digest,
+                self._bulk,
+                self._public,
+                self._home.verification,
+                lambda fraction: self._progress(task, "working", fraction),
+            )
+        except (NotTheFold, DownloadRefused) as error:
+            self._fail(task, f"the model cannot be verified: {error}")
+            return False
+        self._verified = task.model_digest
+        _log.info("verified")
+        return True
 
     async def _upload(self, task: pb.TaskAssigned, digest: bytes) -> None:
         try:
             await self._bulk.upload(
                 task.task_id,
-                self._update_path(task.task_id),
+                self._home.update_path(task.task_id),
                 run_id=task.run_id,
                 digest=digest,
                 on_progress=partial(self._progress, task, "uploading"),
             )
         except UploadRefused as error:
-            _log.error("update refused", why=str(error))
-            self._handle([t.Failed(task.task_id, f"the controller refused the update: {error}")])
-            return
-        self._handle([t.Uploaded(task.task_id)])
+            self._fail(task, f"the controller refused the update: {error}")
+        except NotEncrypted as error:
+            self._fail(task, str(error))
+        else:
+            self._handle([t.Uploaded(task.task_id)])
 
-    def _job(self, task: pb.TaskAssigned) -> Job:
-        given = task.hyperparameters
-        kinds = {pb.INITIALISE: "initialise", pb.TRAIN: "train", pb.EVALUATE: "evaluate"}
-        keep = self._home / "final" / task.run_id if task.keep_model else None
-        if keep is not None:
-            shutil.rmtree(keep, ignore_errors=True)
-            keep.mkdir(parents=True)
-        return Job(
-            kind=kinds[task.kind],  # type: ignore[arg-type]
-            seed=task.seed,
-            model_path=self._model_path(task.model_digest) if task.model_digest else None,
-            update_path=self._update_path(task.task_id),
-            hyperparameters=Hyperparameters(given.epochs, given.batch_size, given.learning_rate),
-            keep_folder=keep,
-        )
+    def _fail(self, task: pb.TaskAssigned, reason: str) -> None:
+        _log.error("task failed", why=reason)
+        self._handle([t.Failed(task.task_id, reason)])
 
     def _progress(
         self,
@@ -303,51 +343,3 @@ class Learner:
                 metrics=metrics,
             ),
         )
-
-    def _sweep(self) -> None:
-        """Delete the updates of tasks that are over; work that was stopped may still write one."""
-        for path in (self._home / "outbox").iterdir():
-            if path.name.rpartition(".update")[0] not in self._tasks.jobs:
-                path.unlink()
-
-    def _model_path(self, digest: bytes) -> Path:
-        return self._home / "models" / f"{digest.hex()}.model"
-
-    def _update_path(self, task_id: str) -> Path:
-        return self._home / "outbox" / f"{task_id}.update"
-
-
-def _event_of(record: Record) -> t.Event | None:
-    """Translate a record into an event of ours; what is not for a learner is None."""
-    try:
-        message = decode(record.type, record.payload)
-    except PeerError as error:
-        _log.warning("event refused", publisher=record.publisher, why=str(error))
-        return None
-    if not may_send(record.publisher, message):
-        _log.warning("event refused", publisher=record.publisher, why=f"it sends {record.type}")
-        return None
-    if isinstance(message, pb.TaskAssigned):
-        return t.Assigned(message)
-    if isinstance(message, pb.TaskCancelled):
-        return t.Cancelled(message.task_id)
-    if isinstance(message, pb.RoundClosed):
-        return t.RoundOver(message.run_id, message.round)
-    if isinstance(message, pb.RunFinished):
-        return t.RunOver(message.run_id)
-    return None
-
-
-def _is_intact(path: Path, digest: bytes) -> bool:
-    """Whether `path` is a model file with this content, which a power cut may have spoilt."""
-    try:
-        with open_model(path) as model:
-            return model.digest() == digest
-    except (FileNotFoundError, MachineError):
-        return False
-
-
-def _outcome(result: Result) -> t.Outcome:
-    return t.Outcome(
-        result.digest, result.examples, result.batches, dict(result.metrics), result.training_s
-    )

@@ -76,10 +76,15 @@ def _pack_outcome(job: Job) -> bytes | None:
             "batches": job.outcome.batches,
             "metrics": dict(job.outcome.metrics),
             "training_s": job.outcome.training_s,
+            "exponents": job.outcome.exponents,
+            "trained_digest": job.outcome.trained_digest,
         }
     )
     return packed
 
 
 def _unpack_outcome(packed: bytes | None) -> Outcome | None:
-    return None if packed is None else Outcome(**msgpack.unpackb(packed))
+    """Older releases wrote fewer fields; the defaults say what they meant."""
+    if packed is None:
+        return None
+    return Outcome(**msgpack.unpackb(packed, use_list=False))

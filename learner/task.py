@@ -1,11 +1,14 @@
 """The life of a learner's tasks: queued, fetching, working, uploading, reported, forgotten.
 
-Rule 1: every task that is accepted is reported exactly once, unless it is cancelled or its round
-is over first.
+Rule 1: every task that is accepted is reported exactly once, unless it is cancelled, replaced by a
+later attempt, or its round is over first.
 Rule 2: one task is active at a time, in the order of assignment.
 Rule 3: what is late, repeated or unknown changes nothing.
 Rule 4: `resume` gives the effects of a state that came back from disk: a trained update is sent,
 never trained again; work that was cut is done again, from the same inputs.
+Rule 5: a round asks for one thing of a kind. It may be opened again, since an update did not fit
+into its exponents; then the later attempt takes the earlier one's place, and what is trained is
+sealed again, not trained again.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ __all__ = [
     "Done",
     "Effect",
     "Event",
+    "Exceeded",
     "Failed",
     "Fetch",
     "Fetched",
@@ -55,17 +59,23 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the work gave. `update_digest` is empty for an evaluation."""
+    """What the work gave. `update_digest` is empty for an evaluation, and where there is no update
+    yet; `trained_digest` is that of the plain model behind an encrypted update."""
 
     update_digest: bytes
     examples: int
     batches: int
     metrics: Mapping[str, float]
     training_s: float
+    exponents: tuple[int, ...] = ()
+    """That the update needed, one for each float tensor; none in plain mode."""
+    trained_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """A task and how far it is. An outcome before UPLOADING: it is trained, and to be sealed."""
+
     assigned: pb.TaskAssigned
     stage: Stage = Stage.QUEUED
     outcome: Outcome | None = None
@@ -88,7 +98,14 @@ class Tasks:
         queued = [job for job in self.jobs.values() if job.stage is Stage.QUEUED]
         assert len(active) <= 1, "one task at a time"
         assert active or not queued, "nobody waits while the learner is idle"
+        asked = [_asked(job.assigned) for job in self.jobs.values()]
+        assert len(set(asked)) == len(asked), "a round asks for one thing of a kind"
         for job in self.jobs.values():
+            if job.stage is Stage.FETCHING:
+                assert job.outcome is None, "what is trained needs no model"
+            if job.stage in (Stage.QUEUED, Stage.WORKING) and job.outcome is not None:
+                assert job.outcome.trained_digest
+                assert not job.outcome.update_digest
             if job.stage is Stage.UPLOADING:
                 assert job.outcome is not None
                 assert job.outcome.update_digest
@@ -130,6 +147,15 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Exceeded:
+    """The work is done, and a tensor of the update does not fit into the round's exponents."""
+
+    task_id: str
+    outcome: Outcome
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
 class Uploaded:
     task_id: str
 
@@ -144,12 +170,23 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The update is not on disk any more, as after a power cut: it is made again."""
+    """What was made is not on disk any more, as after a power cut: it is made again."""
 
     task_id: str
 
 
-Event = Assigned | Cancelled | RoundOver | RunOver | Fetched | Done | Uploaded | Failed | Lost
+Event = (
+    Assigned
+    | Cancelled
+    | RoundOver
+    | RunOver
+    | Fetched
+    | Done
+    | Exceeded
+    | Uploaded
+    | Failed
+    | Lost
+)
 
 
 # ---- Effects: what to do about it ------------------------------------------------
@@ -162,7 +199,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Work:
+    """Do the task; with an outcome it is trained, and only to be sealed."""
+
     task: pb.TaskAssigned
+    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +211,12 @@ class Upload:
     digest: bytes
 
 
+Answer = pb.TaskCompleted | pb.TaskFailed | pb.ScaleExceeded
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
-    message: pb.TaskCompleted | pb.TaskFailed
+    message: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +228,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """The update of this task is no longer needed."""
+    """What was made for this task is no longer needed, unless a later attempt goes on with it."""
 
     task_id: str
 
@@ -217,11 +260,20 @@ def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
         return _put(tasks, replace(job, stage=Stage.WORKING)), (Work(job.assigned),)
     if isinstance(event, Done) and job.stage is Stage.WORKING:
         return _worked(tasks, job, event.outcome)
+    if isinstance(event, Exceeded) and job.stage is Stage.WORKING:
+        exceeded = pb.ScaleExceeded(
+            task_id=event.task_id,
+            learner=tasks.learner,
+            tensor=event.tensor,
+            exponents=event.outcome.exponents,
+        )
+        return _report(tasks, replace(job, outcome=event.outcome), exceeded)
     if isinstance(event, Uploaded) and job.stage is Stage.UPLOADING:
         assert job.outcome is not None
         return _report(tasks, job, _completed(tasks, job, job.outcome))
-    if isinstance(event, Lost) and job.stage is Stage.UPLOADING:
-        again = replace(job, stage=_first_stage(job.assigned), outcome=None)
+    if isinstance(event, Lost) and job.outcome is not None:
+        left = _unsealed(job.outcome) if job.stage is Stage.UPLOADING else None
+        again = _started(replace(job, outcome=left))
         return _put(tasks, again), _begin(again)
     return tasks, ()
 
@@ -234,7 +286,34 @@ def resume(tasks: Tasks) -> tuple[Effect, ...]:
 def _assigned(tasks: Tasks, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect, ...]]:
     if task.task_id in tasks.jobs or task.learner != tasks.learner:
         return tasks, ()
-    return _advance(_put(tasks, Job(task)))
+    asked = (job for job in tasks.jobs.values() if _asked(job.assigned) == _asked(task))
+    earlier = next(asked, None)
+    if earlier is None:
+        return _advance(_put(tasks, Job(task)))
+    if task.attempt <= earlier.assigned.attempt:
+        return tasks, ()
+    return _replace(tasks, earlier, task)
+
+
+def _asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
+    """What a task asks for, whichever attempt it is."""
+    return task.run_id, task.round, task.kind
+
+
+def _replace(tasks: Tasks, earlier: Job, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect, ...]]:
+    """The later attempt `task` takes the place of an earlier one."""
+    jobs = {key: job for key, job in tasks.jobs.items() if job is not earlier}
+    left = replace(tasks, jobs=MappingProxyType(jobs))
+    after, effects = _advance(_put(left, Job(task, outcome=_unsealed(earlier.outcome))))
+    stop = (Stop(earlier.assigned.task_id),) if earlier.active else ()
+    return after, (*stop, Discard(earlier.assigned.task_id), *effects)
+
+
+def _unsealed(outcome: Outcome | None) -> Outcome | None:
+    """What is left of an outcome without its update; None where all has to be done again."""
+    if outcome is None or not outcome.trained_digest:
+        return None
+    return replace(outcome, update_digest=b"")
 
 
 def _worked(tasks: Tasks, job: Job, outcome: Outcome) -> tuple[Tasks, tuple[Effect, ...]]:
@@ -253,12 +332,11 @@ def _completed(tasks: Tasks, job: Job, outcome: Outcome) -> pb.TaskCompleted:
         batches=outcome.batches,
         metrics=dict(outcome.metrics),
         training_s=outcome.training_s,
+        exponents=outcome.exponents,
     )
 
 
-def _report(
-    tasks: Tasks, job: Job, message: pb.TaskCompleted | pb.TaskFailed
-) -> tuple[Tasks, tuple[Effect, ...]]:
+def _report(tasks: Tasks, job: Job, message: Answer) -> tuple[Tasks, tuple[Effect, ...]]:
     after, effects = _advance(_put(tasks, replace(job, stage=Stage.REPORTED)))
     return after, (Report(message), *effects)
 
@@ -289,19 +367,21 @@ def _advance(tasks: Tasks) -> tuple[Tasks, tuple[Effect, ...]]:
     job = next((job for job in tasks.jobs.values() if job.stage is Stage.QUEUED), None)
     if job is None:
         return tasks, ()
-    started = replace(job, stage=_first_stage(job.assigned))
+    started = _started(job)
     return _put(tasks, started), _begin(started)
 
 
-def _first_stage(task: pb.TaskAssigned) -> Stage:
-    return Stage.FETCHING if task.model_digest else Stage.WORKING
+def _started(job: Job) -> Job:
+    """The job at its first stage. What is trained needs no model."""
+    needs_model = job.assigned.model_digest and job.outcome is None
+    return replace(job, stage=Stage.FETCHING if needs_model else Stage.WORKING)
 
 
 def _begin(job: Job) -> tuple[Effect, ...]:
     if job.stage is Stage.FETCHING:
         return (Fetch(job.assigned),)
     if job.stage is Stage.WORKING:
-        return (Work(job.assigned),)
+        return (Work(job.assigned, job.outcome),)
     assert job.stage is Stage.UPLOADING
     assert job.outcome is not None
     return (Upload(job.assigned, job.outcome.update_digest),)

@@ -25,6 +25,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "derive_seed",
+    "examples_of",
 ]
 
 ProgressCall = Callable[[float, Mapping[str, float]], None]
@@ -72,7 +73,11 @@ class EvaluateResult:
 
 
 class Trainer(Protocol):
-    """Trains one application on one site's data. Never called from two threads at once."""
+    """Trains one application on one site's data. Never called from two threads at once.
+
+    A trainer may also have `examples() -> int`, the size of its training split, cheap to ask
+    before any training: the federation scales the weights of its updates by it.
+    """
 
     def initialise(self, seed: int) -> Sequence[Tensor]:
         """The initial model: a pure function of `seed` (0 to 2^63 - 1)."""
@@ -92,6 +97,12 @@ class Trainer(Protocol):
 
     def save(self, tensors: Sequence[Tensor], folder: Path) -> None:
         """Write the model to `folder` (which exists) in formats that others can open."""
+
+
+def examples_of(trainer: Trainer) -> int:
+    """The size of the training split; 0 if the trainer does not say."""
+    examples = getattr(trainer, "examples", None)
+    return examples() if callable(examples) else 0
 
 
 def derive_seed(run_seed: int, round_number: int, learner: str) -> int:

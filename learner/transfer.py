@@ -5,6 +5,7 @@ of these: it is asked again on a new connection, for ever, and goes on where it 
 Rule 2: a connection that did its work is kept for the next transfer, since a handshake costs more
 than a small model; one that was silent or cut off in the middle is thrown away.
 Rule 3: the event loop is never held for longer than a few chunks take.
+Rule 4: a site that only sends encrypted updates is asked here once more, before the first frame.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from metisfl.proto.bulk import MESSAGE_BYTES_MAX, Frame, pack, parse
 from metisfl.proto.chunk import NO_DIGEST, federation_digest
 from metisfl.proto.credit import WINDOW_CHUNKS, Patience
 from metisfl.proto.digest import RunningDigest
+from metisfl.proto.errors import UserError
 from metisfl.proto.model_file import ModelFile, open_model
+from metisfl.proto.tensors import is_encrypted
 
-__all__ = ["BulkClient", "DownloadRefused", "OnProgress", "UploadRefused"]
+__all__ = ["BulkClient", "DownloadRefused", "NotEncrypted", "OnProgress", "UploadRefused"]
 
 FRAMES_PER_TURN: Final = 8
 LINKS_KEPT: Final = 2
@@ -42,14 +45,21 @@ OnProgress = Callable[[float], None]
 """Takes the fraction that has arrived; called at most twice a second, when a word has come."""
 
 
+class NotEncrypted(UserError):
+    """An update is plain at a site that only sends encrypted ones; nothing of it was sent."""
+
+
 class BulkClient:
     """Transfers between this learner and one controller. Use it as an async context manager."""
 
-    def __init__(self, endpoint: str, keys: ClientKeys, *, federation: str) -> None:
+    def __init__(
+        self, endpoint: str, keys: ClientKeys, *, federation: str, encrypted_only: bool = False
+    ) -> None:
         """`keys.server` is the controller's public key."""
         self._endpoint = endpoint
         self._keys = keys
         self._federation = federation
+        self._encrypted_only = encrypted_only
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: list[_Link] = []
 
@@ -80,9 +90,15 @@ class BulkClient:
         """Bring the model file at `path` to the controller as the update of a task.
 
         Returns its digest (32 bytes), once the controller has it on disk; `digest` saves computing
-        it again. Raises UploadRefused, and MachineError for a file that cannot be read.
+        it again. Raises UploadRefused, NotEncrypted, and MachineError for a file that cannot be
+        read.
         """
         with open_model(path) as model:
+            if self._encrypted_only and not is_encrypted(model.manifest):
+                raise NotEncrypted(
+                    f"{path} is a plain update, and this site holds a key and only sends encrypted "
+                    "ones; it was not sent"
+                )
             digest = digest or await _digest_of(model)
             federation = federation_digest(self._federation, run_id)
             await self._converse(Upload(model, task_id, federation, digest), on_progress)

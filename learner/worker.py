@@ -126,11 +126,20 @@ class Worker:
 
     Its thread must live as long as the child may: Linux ends a child with the thread that made it.
     `app` is "module:object", `path` the folder to import it from, `source` what the app's data()
-    is called with.
+    is called with, `keys` the folder of the key of an encrypted federation.
     """
 
-    def __init__(self, *, app: str, path: Path | None, source: str) -> None:
-        self._start = Start(app, None if path is None else str(path), source, os.getpid())
+    def __init__(
+        self, *, app: str, path: Path | None, source: str, keys: Path | None = None
+    ) -> None:
+        self._start = Start(
+            app,
+            None if path is None else str(path),
+            source,
+            os.getpid(),
+            None if keys is None else str(keys),
+        )
+        self._examples = 0
         self._child: _Child | None = None
         self._starting = asyncio.Lock()
         self._number = 0
@@ -143,10 +152,15 @@ class Worker:
         """The child's process id, None while there is none."""
         return None if self._child is None else self._child.pid
 
+    @property
+    def examples(self) -> int:
+        """Size of the training split, once started; 0 if the application does not say."""
+        return self._examples
+
     async def start(self) -> None:
         """Start the child unless it runs, and wait until the app is loaded (seconds, with Keras).
 
-        Raises TrainingError if the app cannot be loaded.
+        Raises TrainingError if the app cannot be loaded, or the key.
         """
         async with self._starting:
             if self._child is not None and not self._child.alive:
@@ -155,10 +169,12 @@ class Worker:
                 self._child = await _Child.launch(self._start)
             if not self._child.ready:
                 try:
-                    await self._receive(self._child)
+                    ready = await self._receive(self._child)
                 except TrainingError:
                     await self._bury()  # it has nothing more to say; the next start loads anew
                     raise
+                assert isinstance(ready, Ready)
+                self._examples = ready.examples
                 self._child.ready = True
 
     async def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:

@@ -23,10 +23,12 @@ __all__ = [
     "Failure",
     "Fault",
     "Job",
+    "Opening",
     "Progress",
     "Ready",
     "Result",
     "Run",
+    "Sealing",
     "Start",
     "pack",
 ]
@@ -40,19 +42,49 @@ Fault = Literal["user", "peer", "machine", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """How an encrypted model is opened."""
+
+    plain_path: Path
+    """Where the plain model is put, unless it is there already."""
+    initial_seed: int
+    """What the ciphertexts leave out is taken from the initial model of this seed."""
+    initial: bool
+    """Whether the model is the initial one: one site made it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealing:
+    """How an update is sealed."""
+
+    trained_path: Path
+    """Where the plain model behind the update stays until its round is over."""
+    exponents: tuple[int, ...]
+    """Of each float tensor; none: all are 0."""
+    reference_weight: float | None
+    """The update weighs its examples divided by this. None, for an initial model: it weighs 1."""
+    examples: int = 0
+    """What a `seal` job's model was trained on; other jobs know it themselves."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One task for the worker.
 
     initialise writes the initial model to `update_path`; train reads `model_path` and writes the
     update to `update_path`; evaluate reads `model_path` and, with `keep_folder`, saves it there.
+    In an encrypted federation `opening` says how the model is opened and `sealing` how the update
+    is sealed; seal only does the latter, with a model that an earlier job left.
     """
 
-    kind: Literal["initialise", "train", "evaluate"]
+    kind: Literal["initialise", "train", "evaluate", "seal"]
     seed: int = 0
     model_path: Path | None = None
     update_path: Path | None = None
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     keep_folder: Path | None = None
+    opening: Opening | None = None
+    sealing: Sealing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +97,14 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
     training_s: float = 0.0
     """Wall time inside the trainer."""
+    durable: bool = False
+    """Whether what was written outlives a power cut; then a note of it should, too."""
+    trained_digest: bytes = b""
+    """Of the file at `sealing.trained_path`."""
+    exponents: tuple[int, ...] = ()
+    """That the update needs."""
+    exceeded: str = ""
+    """The first tensor that does not fit; then there is no update, and `digest` is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +121,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The application is loaded."""
+    """The application is loaded, and the key if there is one."""
+
+    examples: int
+    """Size of the training split; 0 if the application does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +135,8 @@ class Start:
     path: str | None
     source: str
     parent: int
+    keys: str | None
+    """The folder of the key to open and seal with; None in a plain federation."""
 
 
 @dataclass(frozen=True, slots=True)

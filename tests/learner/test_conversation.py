@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from metisfl.learner.conversation import Download, DownloadRefused, Upload, Uplo
 from metisfl.learner.part import PartFile
 from metisfl.native_c import crc32c
 from metisfl.proto import bulk as frames
-from metisfl.proto.chunk import CHUNK_BYTES, ChunkHeader, federation_digest, short_digest
+from metisfl.proto.chunk import CHUNK_BYTES, CKKS, ChunkHeader, federation_digest, short_digest
 from metisfl.proto.credit import Patience
 from metisfl.proto.errors import PeerError
 from metisfl.proto.model_file import ModelFile, open_model, write_model
@@ -257,11 +259,23 @@ def test_damaged_chunks_are_asked_for_again_and_the_third_ends_it(
             download.take(damaged)
 
 
-def test_chunks_of_another_model_are_the_controllers_error(original: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"manifest": bytes(16)},
+        {"count": CHUNKS + 1},
+        {"privacy": CKKS, "exponents": b"e" * 16},
+        {"exponents": b"e" * 16},
+    ],
+)
+def test_chunks_of_another_model_are_the_controllers_error(
+    original: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
     with open_model(original) as model, PartFile(tmp_path / "x", model.digest()) as part:
         download = Download(model.digest(), part)
         download.question()
         download.take(model_frame(model))
-        header = ChunkHeader(bytes(16), bytes(16), download.subject, 0, CHUNKS, 0, 4, 1)
+        manifest = short_digest(model.manifest_bytes)
+        header = ChunkHeader(bytes(16), manifest, download.subject, 0, CHUNKS, 0, 4, 1)
         with pytest.raises(PeerError, match="part of another model"):
-            download.take(frames.Chunk(header, b"1234"))
+            download.take(frames.Chunk(replace(header, **other), b"1234"))

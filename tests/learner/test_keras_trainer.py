@@ -190,6 +190,7 @@ def test_training_reports_and_counts(trainer: Any) -> None:
     )
     assert told == [index / 8 for index in range(1, 9)], "50 examples are 4 batches of 16"
     assert (result.examples, result.batches) == (50, 8)
+    assert trainer.examples() == 50
     assert set(result.metrics) == {"loss", "accuracy", "auc"}
 
 

@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> ModelFile:
 
 def feed(part: PartFile, model: ModelFile, until: int) -> None:
     for index in range(part.received, until):
-        start, stop = chunk_extent(index, model.payload_bytes)
+        start, stop = chunk_extent(index, model.manifest)
         part.append(model.pread(start, stop - start))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+import msgpack
+
 from metisfl.deploy.database import open_database
 from metisfl.learner import task as t
 from metisfl.learner.state import TaskTable
@@ -14,6 +16,7 @@ TASK = pb.TaskAssigned(
     task_id="r.1.train.ada", run_id="r", round=1, kind=pb.TRAIN, learner="ada", model_digest=b"d"
 )
 OUTCOME = t.Outcome(bytes(32), 10, 2, {"loss": 0.5}, 0.1)
+EXCEEDED = t.Outcome(b"", 10, 2, {"loss": 0.5}, 0.1, (0, 12, 3), b"t" * 32)
 
 
 def test_tasks_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
@@ -35,6 +38,39 @@ def test_tasks_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
         tasks, _ = t.handle(tasks, t.RoundOver("r", 1))
         table.save(before, tasks)
         assert table.load("ada") == tasks
+
+
+def test_what_is_trained_and_to_be_sealed_again_comes_back(tmp_path: Path) -> None:
+    again = pb.TaskAssigned()
+    again.CopyFrom(TASK)
+    again.task_id, again.attempt, again.privacy = "r.1.train.again1.ada", 1, "ckks"
+    again.exponents.extend([0, 12, 3])
+    with closing(open_database(tmp_path / "db")) as connection:
+        table, tasks = TaskTable(connection), t.Tasks("ada")
+        for event in (
+            t.Assigned(TASK),
+            t.Fetched(TASK.task_id),
+            t.Exceeded(TASK.task_id, EXCEEDED, "w"),
+            t.Assigned(again),
+        ):
+            before = tasks
+            tasks, _ = t.handle(tasks, event)
+            table.save(before, tasks)
+            assert table.load("ada") == tasks
+    assert tasks.jobs == {again.task_id: t.Job(again, t.Stage.WORKING, EXCEEDED)}
+
+
+def test_the_database_of_a_release_that_knew_no_exponents_is_read(tmp_path: Path) -> None:
+    fields = ("update_digest", "examples", "batches", "metrics", "training_s")
+    packed = msgpack.packb({name: getattr(OUTCOME, name) for name in fields})
+    with closing(open_database(tmp_path / "db")) as connection:
+        table = TaskTable(connection)
+        connection.execute(
+            "INSERT INTO task (task_id, assigned, stage, outcome) VALUES (?, ?, ?, ?)",
+            (TASK.task_id, TASK.SerializeToString(), "uploading", packed),
+        )
+        expected = t.Job(TASK, t.Stage.UPLOADING, OUTCOME)
+        assert table.load("ada").jobs == {TASK.task_id: expected}
 
 
 def test_a_transaction_that_was_not_committed_did_not_happen(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Every accepted task is reported once, or its round is over first; one task at a time."""
+"""Every accepted task is reported once, or its round is over or opened again first; one task at a
+time."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,14 +15,17 @@ from metisfl.proto import events_pb2 as pb
 DIGEST = bytes(32)
 
 
-def assigned(round_number: int, kind: str = "train", learner: str = "ada") -> pb.TaskAssigned:
+def assigned(
+    round_number: int, kind: str = "train", learner: str = "ada", attempt: int = 0
+) -> pb.TaskAssigned:
     return pb.TaskAssigned(
-        task_id=f"r.{round_number}.{kind}",
+        task_id=f"r.{round_number}.{kind}" + (f".again{attempt}" if attempt else ""),
         run_id="r",
         round=round_number,
         kind={"initialise": pb.INITIALISE, "train": pb.TRAIN, "evaluate": pb.EVALUATE}[kind],
         learner=learner,
         model_digest=b"" if kind == "initialise" else DIGEST,
+        attempt=attempt,
     )
 
 
@@ -28,12 +33,35 @@ def outcome(kind: int) -> t.Outcome:
     return t.Outcome(b"" if kind == pb.EVALUATE else DIGEST, 10, 2, {"loss": 1.0}, 0.1)
 
 
-def answer(effect: t.Effect) -> t.Event | None:
+TRAINED = t.Outcome(b"", 10, 2, {"loss": 1.0}, 0.1, (0, 12), b"t" * 32)
+SEALED = replace(TRAINED, update_digest=DIGEST)
+
+
+def asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
+    return task.run_id, task.round, task.kind
+
+
+IDLE = t.Tasks("ada")
+
+
+def after(*events: t.Event, tasks: t.Tasks = IDLE) -> t.Tasks:
+    """The state after these events, checked on the way."""
+    for event in events:
+        tasks, _ = t.handle(tasks, event)
+        tasks.validate()
+    return tasks
+
+
+TRAINING = after(t.Assigned(assigned(1)), t.Fetched("r.1.train"))
+
+
+def answer(effect: t.Effect, *, encrypted: bool = False) -> t.Event | None:
     """What happens when an effect succeeds."""
     if isinstance(effect, t.Fetch):
         return t.Fetched(effect.task.task_id)
     if isinstance(effect, t.Work):
-        return t.Done(effect.task.task_id, outcome(effect.task.kind))
+        sealed = encrypted and effect.task.kind != pb.EVALUATE
+        return t.Done(effect.task.task_id, SEALED if sealed else outcome(effect.task.kind))
     if isinstance(effect, t.Upload):
         return t.Uploaded(effect.task.task_id)
     return None
@@ -94,6 +122,81 @@ def test_an_update_that_a_power_cut_took_is_made_again() -> None:
     assert t.handle(tasks, t.Lost("r.1.train")) == (tasks, ()), "once"
 
 
+def test_an_update_that_does_not_fit_is_reported_and_what_is_trained_is_kept() -> None:
+    tasks, effects = t.handle(TRAINING, t.Exceeded("r.1.train", TRAINED, "bn/variance"))
+    tasks.validate()
+    report = pb.ScaleExceeded(
+        task_id="r.1.train", learner="ada", tensor="bn/variance", exponents=[0, 12]
+    )
+    assert effects == (t.Report(report),)
+    assert tasks.jobs["r.1.train"] == t.Job(assigned(1), t.Stage.REPORTED, TRAINED)
+    assert t.resume(tasks) == ()
+    for other in (tasks, after(t.Assigned(assigned(1)))):
+        assert t.handle(other, t.Exceeded("r.1.train", TRAINED, "bn/variance")) == (other, ())
+
+
+def test_a_completion_says_which_exponents_the_update_needed() -> None:
+    tasks = after(t.Done("r.1.train", SEALED), tasks=TRAINING)
+    _, (report, *_) = t.handle(tasks, t.Uploaded("r.1.train"))
+    assert isinstance(report, t.Report)
+    assert report.message.exponents == [0, 12]
+
+
+def test_a_later_attempt_seals_again_what_was_trained() -> None:
+    again = assigned(1, attempt=1)
+    for tasks, stopped in (
+        (after(t.Exceeded("r.1.train", TRAINED, "w"), tasks=TRAINING), ()),
+        (after(t.Done("r.1.train", SEALED), tasks=TRAINING), (t.Stop("r.1.train"),)),
+        (after(t.Done("r.1.train", SEALED), t.Uploaded("r.1.train"), tasks=TRAINING), ()),
+    ):
+        later, effects = t.handle(tasks, t.Assigned(again))
+        later.validate()
+        assert effects == (*stopped, t.Discard("r.1.train"), t.Work(again, TRAINED))
+        assert later.jobs == {again.task_id: t.Job(again, t.Stage.WORKING, TRAINED)}
+        assert t.resume(later) == (t.Work(again, TRAINED),)
+        _, effects = t.handle(later, t.Done(again.task_id, SEALED))
+        assert effects == (t.Upload(again, DIGEST),)
+
+
+def test_a_later_attempt_starts_anew_where_nothing_was_trained() -> None:
+    again = assigned(1, attempt=1)
+    failed = after(t.Failed("r.1.train", "no rows"), tasks=TRAINING)
+    uploading = after(t.Done("r.1.train", outcome(pb.TRAIN)), tasks=TRAINING)  # plain: no trained
+    for tasks, stopped in ((TRAINING, True), (failed, False), (uploading, True)):
+        stop = (t.Stop("r.1.train"),) if stopped else ()
+        later, effects = t.handle(tasks, t.Assigned(again))
+        later.validate()
+        assert effects == (*stop, t.Discard("r.1.train"), t.Fetch(again))
+
+
+def test_a_later_attempt_waits_its_turn_and_remembers_what_was_trained() -> None:
+    tasks = after(t.Exceeded("r.1.train", TRAINED, "w"), t.Assigned(assigned(2)), tasks=TRAINING)
+    again = assigned(1, attempt=1)
+    tasks, effects = t.handle(tasks, t.Assigned(again))
+    tasks.validate()
+    assert effects == (t.Discard("r.1.train"),)
+    _, effects = t.handle(tasks, t.Failed("r.2.train", "x"))
+    assert effects[1:] == (t.Work(again, TRAINED),)
+
+
+def test_an_attempt_that_is_not_later_changes_nothing() -> None:
+    tasks = after(t.Assigned(assigned(1, attempt=2)))
+    for attempt in (0, 1, 2):
+        task = assigned(1, attempt=attempt)
+        task.task_id += ".other"
+        assert t.handle(tasks, t.Assigned(task)) == (tasks, ())
+
+
+def test_what_a_power_cut_took_is_sealed_again_or_trained_again() -> None:
+    tasks = after(t.Done("r.1.train", SEALED), tasks=TRAINING)
+    tasks, effects = t.handle(tasks, t.Lost("r.1.train"))
+    tasks.validate()
+    assert effects == (t.Work(assigned(1), TRAINED),), "the update is gone"
+    tasks, effects = t.handle(tasks, t.Lost("r.1.train"))
+    tasks.validate()
+    assert effects == (t.Fetch(assigned(1)),), "and so is the trained model"
+
+
 def test_only_what_belongs_to_a_run_ends_with_it() -> None:
     other = pb.TaskAssigned()
     other.CopyFrom(assigned(1))
@@ -114,45 +217,49 @@ def test_another_learners_task_is_not_taken() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32))
 def test_every_history_reports_each_task_once_or_its_round_is_over(seed: int) -> None:
-    rng, tasks, last_round = random.Random(seed), t.Tasks("ada"), 0
+    rng, tasks, last_round, attempt = random.Random(seed), t.Tasks("ada"), 0, 0
+    encrypted = rng.random() < 0.7
     pending: list[t.Effect] = []
     accepted: set[str] = set()
     gone: set[str] = set()
     reported: list[str] = []
-    moves = [
-        "assign",
-        "assign",
-        "repeat",
-        "answer",
-        "answer",
-        "answer",
-        "fail",
-        "over",
-        "stop",
-        "lost",
-    ]
+    moves = ["assign", "assign", "again", "repeat", "answer", "answer", "answer", "exceed"]
+    moves += ["fail", "over", "stop", "lost"]
     for _ in range(60):
         move = rng.choice(moves)
         event: t.Event | None = None
         if move == "assign":
-            last_round += rng.randrange(2)
+            if rng.randrange(2):
+                last_round, attempt = last_round + 1, 0
             task = assigned(last_round, rng.choice(["train", "evaluate", "initialise"]))
-            if task.task_id not in gone:
-                event = t.Assigned(task)
-                accepted.add(task.task_id)
+            event = None if task.task_id in gone else t.Assigned(task)
+        elif move == "again":
+            attempt += rng.randrange(2)
+            task = assigned(last_round, attempt=attempt)
+            event = None if task.task_id in gone else t.Assigned(task)
         elif move == "repeat" and tasks.jobs:
             event = t.Assigned(rng.choice(list(tasks.jobs.values())).assigned)
         elif move == "answer" and pending:
-            event = answer(pending.pop(rng.randrange(len(pending))))
+            event = answer(pending.pop(rng.randrange(len(pending))), encrypted=encrypted)
+        elif move == "exceed" and encrypted:
+            works = [one for one in pending if isinstance(one, t.Work)]
+            work = next((one for one in works if one.task.kind != pb.EVALUATE), None)
+            if work is not None:
+                pending.remove(work)
+                event = t.Exceeded(work.task.task_id, TRAINED, "w")
         elif move == "fail" and pending:
             event = t.Failed(pending.pop(rng.randrange(len(pending))).task.task_id, "x")
         elif move == "over":
             event = t.RoundOver("r", max(last_round - rng.randrange(3), 0))
         elif move == "lost":
-            uploads = [effect for effect in pending if isinstance(effect, t.Upload)]
-            if uploads:
-                pending.remove(uploads[0])
-                event = t.Lost(uploads[0].task.task_id)
+            made = [
+                one
+                for one in pending
+                if isinstance(one, t.Upload) or (isinstance(one, t.Work) and one.outcome)
+            ]
+            if made:
+                pending.remove(made[0])
+                event = t.Lost(made[0].task.task_id)
         elif move == "stop":
             event = t.Cancelled(f"r.{last_round}.train")
         if event is None:
@@ -160,9 +267,19 @@ def test_every_history_reports_each_task_once_or_its_round_is_over(seed: int) ->
         before = tasks
         tasks, effects = t.handle(tasks, event)
         tasks.validate()
+        accepted |= set(tasks.jobs)
         gone |= set(before.jobs) - set(tasks.jobs)
-        pending += [e for e in effects if isinstance(e, (t.Fetch, t.Work, t.Upload))]
+        begun = [e for e in effects if isinstance(e, (t.Fetch, t.Work, t.Upload))]
+        pending += begun
         reported += [e.message.task_id for e in effects if isinstance(e, t.Report)]
+        assert all(tasks.jobs[effect.task.task_id].active for effect in begun)
+        if not isinstance(event, t.Lost):
+            made_before = {asked(job.assigned) for job in before.jobs.values() if job.outcome}
+            for effect in begun if encrypted else ():
+                if isinstance(effect, t.Fetch) or (
+                    isinstance(effect, t.Work) and not effect.outcome
+                ):
+                    assert asked(effect.task) not in made_before, "what is trained stays trained"
     assert accepted == set(tasks.jobs) | gone, "no task disappears but by cancelling or closing"
     assert len(set(reported)) == len(reported), "a task is reported once"
     left = {key for key, job in tasks.jobs.items() if job.stage is not t.Stage.REPORTED}

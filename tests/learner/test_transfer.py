@@ -21,7 +21,7 @@ from metisfl.controller.store import ModelStore
 from metisfl.deploy.keys import Identity
 from metisfl.learner import transfer
 from metisfl.learner.part import PartFile
-from metisfl.learner.transfer import BulkClient, DownloadRefused, UploadRefused
+from metisfl.learner.transfer import BulkClient, DownloadRefused, NotEncrypted, UploadRefused
 from metisfl.proto import credit
 from metisfl.proto.bulk import Code
 from metisfl.proto.chunk import CHUNK_BYTES
@@ -283,6 +283,17 @@ def test_a_refused_update_is_refused_in_words_and_the_client_goes_on(
         run(site, work)
     assert [line["code"] for line in logs] == ["NON_FINITE", "UNKNOWN_TASK", "DIGEST_MISMATCH"]
     assert [task for task, _, _ in site.stored] == ["t"]
+
+
+def test_a_site_that_only_sends_encrypted_updates_sends_no_frame_of_a_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "update", MODELS["tiny"])
+    monkeypatch.setattr(BulkClient, "_connect", lambda client: pytest.fail("it connected"))
+    client = BulkClient("tcp://127.0.0.1:1", KEYS, federation="demo", encrypted_only=True)
+    with pytest.raises(NotEncrypted, match="update is a plain update"):
+        asyncio.run(client.upload("t", tmp_path / "update"))
+    client.close()
 
 
 def test_the_federation_and_run_of_an_update_must_be_the_tasks(site: Site, tmp_path: Path) -> None:

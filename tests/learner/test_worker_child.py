@@ -72,3 +72,41 @@ def test_a_reason_is_text_whatever_a_file_is_called(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="patients-") as caught:
         work(tmp_path, "file")
     encode(TaskFailed(task_id="t", learner="ada", reason=str(caught.value)))
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("", 0), ("def examples(self): return 12", 12), ("examples = 12", 0)],
+)
+def test_an_app_may_say_how_many_examples_it_trains_on(
+    tmp_path: Path, method: str, said: int
+) -> None:
+    assert examples_of(tmp_path, method) == said
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("def examples(self): return -1", "reports -1 examples"),
+        ("def examples(self): return 1 / 0", r"examples\(\) failed: ZeroDivisionError.*own.py"),
+    ],
+)
+def test_what_cannot_be_a_number_of_examples_is_said_at_the_start(
+    tmp_path: Path, method: str, words: str
+) -> None:
+    with pytest.raises(TrainingError, match=words):
+        examples_of(tmp_path, method)
+
+
+def examples_of(folder: Path, method: str) -> int:
+    (folder / "own.py").write_text(f"{APP}\n    {method}\n")
+
+    async def scenario() -> int:
+        worker = Worker(app="own:App", path=folder, source="7")
+        try:
+            await worker.start()
+            return worker.examples
+        finally:
+            await worker.close()
+
+    return asyncio.run(scenario())

@@ -1,0 +1,131 @@
+"""Jobs of an encrypted federation: a plain job between a model that is opened and an update that is
+sealed.
+
+Rule 1: what is plain stays where `Opening` and `Sealing` say; only a sealed update is put where
+uploads come from.
+Rule 2: an update is sealed from the trained file, whichever attempt it is for: the same values, new
+seeds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from metisfl.learner.crypto import Crypto
+from metisfl.learner.jobs import JobLine, Jobs
+from metisfl.learner.sealed_file import Exceeded, open_sealed, seal
+from metisfl.learner.worker_messages import DURABLE_S, Job, Result, Sealing
+from metisfl.proto import ckks
+from metisfl.proto.errors import PeerError, UserError
+from metisfl.proto.model_file import open_model, sync_folder
+from metisfl.proto.tensors import float_specs, is_encrypted
+
+__all__ = ["EncryptedJobs"]
+
+
+class EncryptedJobs:
+    """Does jobs whose models and updates are encrypted with one key."""
+
+    def __init__(self, jobs: Jobs, crypto: Crypto, line: JobLine) -> None:
+        self._jobs = jobs
+        self._crypto = crypto
+        self._line = line
+
+    def do(self, job: Job) -> Result:
+        """Do one job. Raises MetisError and OSError."""
+        if job.kind == "seal":
+            assert job.sealing is not None
+            return self._seal(job, job.sealing, Result(examples=job.sealing.examples))
+        plain = job
+        if job.model_path is not None:
+            plain = replace(plain, model_path=self._opened(job, job.model_path))
+        if job.sealing is None:
+            return self._jobs.do(plain)
+        trained = self._jobs.do(replace(plain, update_path=job.sealing.trained_path))
+        return self._seal(job, job.sealing, replace(trained, trained_digest=trained.digest))
+
+    def _opened(self, job: Job, path: Path) -> Path:
+        """The plain model of an encrypted one; opened once, though it is trained and evaluated."""
+        opening = job.opening
+        assert opening is not None, f"{job.kind} without a word on how to open the model"
+        if opening.plain_path.exists():
+            return opening.plain_path
+        with open_model(path) as model:
+            if not is_encrypted(model.manifest):
+                raise PeerError("the model is plain, in a federation that is encrypted")
+            open_sealed(
+                self._crypto,
+                model,
+                opening.plain_path,
+                others=lambda: self._jobs.initial(opening.initial_seed),
+                progress=lambda _: self._line.go_on(0.0),  # what follows is the job itself
+                initial=opening.initial,
+            )
+        return opening.plain_path
+
+    def _seal(self, job: Job, sealing: Sealing, trained: Result) -> Result:
+        """Seal the trained file; return what was `trained`, with the update or what exceeded."""
+        assert job.update_path is not None
+        started_s = time.perf_counter()
+        weight = self._weight(sealing, trained.examples)
+        with open_model(sealing.trained_path) as model:
+            made = seal(
+                self._crypto,
+                model.tensors(),
+                job.update_path,
+                exponents=_exponents(sealing, len(float_specs(model.manifest))),
+                weight=weight,
+                sync=False,
+                progress=lambda _: self._line.go_on(1.0),  # what came before was the job itself
+            )
+        if isinstance(made, Exceeded):
+            return replace(trained, digest=b"", exponents=made.exponents, exceeded=made.tensor)
+        durable = trained.training_s + time.perf_counter() - started_s >= DURABLE_S
+        if durable:
+            _sync(job.update_path)
+        return replace(trained, digest=made.digest, exponents=made.exponents, durable=durable)
+
+    def _weight(self, sealing: Sealing, examples: int) -> float:
+        """What the update is multiplied by. Raises UserError, or PeerError for the reference."""
+        if sealing.reference_weight is None:
+            return 1.0
+        if not sealing.reference_weight > 0:
+            raise PeerError(
+                f"the controller gave the reference weight {sealing.reference_weight}; a weight "
+                "is the examples divided by it, so it must be above 0"
+            )
+        weight = examples / sealing.reference_weight
+        most = self._crypto.public.max_learners
+        if not (weight > 0 and ckks.weights_fit(weight, most)):
+            remedy = "make a key for more learners, or train on fewer examples here"
+            if not self._jobs.examples():
+                remedy = "let the application's trainer say its examples(), for the reference"
+            raise UserError(
+                f"{examples} examples weigh {weight:.6g} where the reference is "
+                f"{sealing.reference_weight:.6g}; the key allows weights above 0 up to {most}: "
+                f"{remedy}"
+            )
+        return weight
+
+
+def _exponents(sealing: Sealing, floats: int) -> tuple[int, ...]:
+    exponents = sealing.exponents or (0,) * floats
+    if len(exponents) != floats:
+        raise PeerError(
+            f"the controller gave {len(exponents)} exponents for {floats} float tensors; it must "
+            "give one for each"
+        )
+    return exponents
+
+
+def _sync(path: Path) -> None:
+    """Put a file and its name on disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
