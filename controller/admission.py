@@ -14,8 +14,15 @@ from types import MappingProxyType
 from metisfl.controller.store import ModelStore
 from metisfl.proto.bulk import Code, Open
 from metisfl.proto.errors import PeerError
-from metisfl.proto.model_pb2 import Manifest
-from metisfl.proto.tensors import compare_manifests, parse_manifest
+from metisfl.proto.model_pb2 import Encryption, Manifest
+from metisfl.proto.tensors import (
+    compare_manifests,
+    encrypted_manifest,
+    float_specs,
+    is_encrypted,
+    parse_manifest,
+    serialise_manifest,
+)
 
 __all__ = ["Admission", "Expected", "Refusal"]
 
@@ -34,6 +41,8 @@ class Expected:
     """`proto.chunk.federation_digest` of federation and run; None takes any."""
     stored_digest: bytes = b""
     """The digest of the update that is known to be stored already, if there is one."""
+    encryption: Encryption | None = None
+    """How the update must be encrypted (without exponents: they are all 0); None: it is plain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +97,17 @@ class Admission:
                 f"OPEN announces {frame.payload_bytes} payload bytes and its manifest has "
                 f"{manifest.payload_bytes}"
             )
-        model_digest = self.expected[frame.task_id].model_digest
-        if model_digest is not None:
-            wanted = self._manifest_of(model_digest)
-            if wanted != frame.manifest:
-                raise PeerError(
-                    compare_manifests(manifest, _parsed(wanted))
-                    or "the update's manifest is not the model's"
-                )
+        expected = self.expected[frame.task_id]
+        model = manifest
+        if expected.model_digest is not None:
+            model = _parsed(self._manifest_of(expected.model_digest))
+            if difference := compare_manifests(manifest, model):
+                raise PeerError(difference)
+        if difference := _other_form(manifest, expected.encryption):
+            raise PeerError(difference)
+        wanted = _update_manifest(model, expected.encryption)
+        if serialise_manifest(wanted) != frame.manifest:
+            raise PeerError("the update's manifest is not that of an update of this model")
         return manifest
 
     def _manifest_of(self, model_digest: bytes) -> bytes:
@@ -103,6 +115,41 @@ class Admission:
             with self._store.open(model_digest) as model:
                 self._manifests[model_digest] = model.manifest_bytes
         return self._manifests[model_digest]
+
+
+def _update_manifest(model: Manifest, encryption: Encryption | None) -> Manifest:
+    """The manifest that an update of `model` has."""
+    if encryption is None:
+        return model
+    form = Encryption()
+    form.CopyFrom(encryption)
+    if not form.exponents:
+        form.exponents.extend([0] * len(float_specs(model)))
+    return encrypted_manifest(model, form)
+
+
+def _other_form(manifest: Manifest, wanted: Encryption | None) -> str:
+    """What differs in how the update is encrypted; "" if nothing does."""
+    if wanted is None or not is_encrypted(manifest):
+        words = {True: "encrypted", False: "plain"}
+        have, want = words[is_encrypted(manifest)], words[wanted is not None]
+        return "" if have == want else f"the update is {have} and this federation's are {want}"
+    found = manifest.encryption
+    for field in ("fingerprint", "limb_bits", "ring_dimension", "polynomials", "seeds"):
+        here, there = getattr(found, field), getattr(wanted, field)
+        if here != there:
+            shown = [v.hex() if isinstance(v, bytes) else v for v in (here, there)]
+            return (
+                f"the update is encrypted with another key or in another form: its {field} is "
+                f"{shown[0]}, the federation's is {shown[1]}"
+            )
+    exponents = list(wanted.exponents) or [0] * len(found.exponents)
+    for name, here, there in zip(float_specs(manifest), found.exponents, exponents, strict=False):
+        if here != there:
+            return (
+                f"the update's exponent of tensor {name.name!r} is {here}; this round's is {there}"
+            )
+    return ""
 
 
 def closed(task_id: str) -> Refusal:

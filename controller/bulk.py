@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
 from typing import Any, Final
@@ -138,6 +139,10 @@ class BulkEndpoint:
             Spool.check_task_id(task_id)
         self._expected = MappingProxyType(dict(expected))
         self._wake()
+
+    def offer(self, updates: Mapping[bytes, Path]) -> None:
+        """From now on these files can be fetched by their digests, beside the models."""
+        self._downloads.updates = MappingProxyType(dict(updates))
 
     def replace_peers(self, peers: Mapping[bytes, str]) -> None:
         """Know exactly these keys from the next handshake on."""

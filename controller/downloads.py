@@ -10,7 +10,10 @@ No socket in here: `send` delivers a frame to a route, or says that it cannot no
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import structlog
@@ -22,7 +25,7 @@ from metisfl.proto.bulk import Chunk, Code, Credit, Get, Model, Refused
 from metisfl.proto.chunk import NO_DIGEST, chunk_count, chunk_extent, describe_chunk, short_digest
 from metisfl.proto.credit import WORD_S, Allocator, Sender
 from metisfl.proto.errors import MachineError
-from metisfl.proto.model_file import ModelFile
+from metisfl.proto.model_file import ModelFile, open_model
 
 __all__ = ["Downloads"]
 
@@ -58,6 +61,8 @@ class Downloads:
         self._counts = counts
         self._credit: Allocator[Key] = Allocator()
         self._downloads: dict[Key, _Download] = {}
+        self.updates: Mapping[bytes, Path] = MappingProxyType({})
+        """Updates that sites may fetch to check the fold; replaced as a whole, by any thread."""
 
     def get(self, frame: Get, principal: str, route: bytes, now: float) -> None:
         """Somebody wants a model from chunk `first` on: answer with MODEL and chunks or REFUSED."""
@@ -135,20 +140,21 @@ class Downloads:
             self._forget(key)
 
     def _begin(self, frame: Get, principal: str, route: bytes, now: float) -> _Download | None:
-        if not self._store.contains(frame.digest):
+        update = self.updates.get(frame.digest)
+        if update is None and not self._store.contains(frame.digest):
             reason = f"no model {frame.digest.hex()} here: it never was, or is no longer kept"
             self._refuse(route, frame.subject, Code.UNKNOWN_MODEL, reason)
             return None
         try:
-            model = self._store.open(frame.digest)
-        except MachineError as error:
+            model = self._store.open(frame.digest) if update is None else open_model(update)
+        except (MachineError, OSError) as error:
             self._unreadable(route, frame.subject, error)
             return None
         theirs = [key for key, d in self._downloads.items() if d.principal == principal]
         for key in theirs[: max(0, len(theirs) + 1 - DOWNLOADS_PER_PEER)]:
             self._forget(key)
         digest = short_digest(model.manifest_bytes)
-        sender = Sender(chunk_count(model.payload_bytes))
+        sender = Sender(chunk_count(model.manifest))
         download = _Download(principal, frame.digest, model, digest, sender, now, now)
         self._downloads[route, frame.subject] = download
         return download
@@ -169,7 +175,7 @@ class Downloads:
     def _send_chunk(self, key: Key, download: _Download, now: float) -> bool:
         """Send the next chunk; False if it has to wait."""
         model, index = download.model, download.sender.next
-        start, stop = chunk_extent(index, model.payload_bytes)
+        start, stop = chunk_extent(index, model.manifest)
         try:
             payload = model.pread(start, stop - start)
         except (MachineError, OSError) as error:

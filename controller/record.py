@@ -6,7 +6,7 @@ alone: writing it again after a restart gives the same bytes.
 
 from __future__ import annotations
 
-from metisfl.controller.round import Phase, Run
+from metisfl.controller.state import Phase, Run
 from metisfl.proto.records import Counted, Missing, RoundRecord, pool_metrics
 
 __all__ = ["record_of"]
@@ -75,7 +75,10 @@ def _failed_round(run: Run) -> RoundRecord | None:
         evaluated_ns=over_ns,
         counted=(),
         missing=tuple(
-            Missing(task.learner, task.reason or "answered, but the round failed") for task in tasks
+            Missing(name, reason or "answered, but the round failed")
+            for name, reason in sorted(
+                {**run.left_out, **{task.learner: task.reason for task in tasks}}.items()
+            )
         ),
         evaluation={},
         unevaluated=(),

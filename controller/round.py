@@ -10,112 +10,16 @@ What the state calls for next is in scheduling.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Final
 
-from google.protobuf.message import Message
-
+from metisfl.controller.plan import largest, refusal
+from metisfl.controller.state import Logged, Phase, Run, Status, Task, present
 from metisfl.proto import events_pb2 as pb
-from metisfl.proto.events import PAYLOAD_BYTES_MAX, REASON_CHARACTERS_MAX, may_send
+from metisfl.proto.ckks import weights_fit
+from metisfl.proto.events import REASON_CHARACTERS_MAX, may_send
 
-__all__ = ["Logged", "Phase", "Run", "Status", "Task", "apply", "present"]
-
-PRIVACY_MODES: Final = ("plain",)
-
-
-class Phase(Enum):
-    IDLE = "idle"
-    GATHERING = "gathering"  # waiting for the learners to join
-    TRAINING = "training"  # a round is open (round 0 builds the initial model)
-    EVALUATING = "evaluating"  # a round is closed, its model is being scored
-    FINISHED = "finished"
-
-
-class Status(Enum):
-    INVITED = "invited"
-    ASSIGNED = "assigned"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    LAPSED = "lapsed"
-
-
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """A checked event with what the broker says of it: who sent it and when it was stored."""
-
-    message: Message
-    publisher: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What one learner was asked, and what came of it. Times are the log's, in Unix ns."""
-
-    task_id: str
-    learner: str
-    kind: int
-    status: Status = Status.INVITED
-    assigned_ns: int = 0
-    settled_ns: int = 0
-    completion: pb.TaskCompleted | None = None
-    stored_digest: bytes = b""
-    reason: str = ""
-    cancelled: bool = False
-
-    @property
-    def settled(self) -> bool:
-        """Nothing more is expected: it failed, lapsed, or its answer is complete."""
-        if self.status is Status.COMPLETED:
-            return self.kind == pb.EVALUATE or bool(self.stored_digest)
-        return self.status in (Status.FAILED, Status.LAPSED)
-
-    @property
-    def counts(self) -> bool:
-        return self.settled and self.status is Status.COMPLETED
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The controller's whole state. Frozen: a new one for every event."""
-
-    federation: str
-    phase: Phase = Phase.IDLE
-    plan: pb.RunStarted | None = None
-    asking: frozenset[str] = frozenset()  # joined, not yet admitted
-    members: frozenset[str] = frozenset()
-    absent: Mapping[str, str] = MappingProxyType({})  # left or did not join in time: why, by name
-    round: int = 0
-    model_digest: bytes = b""
-    tasks: Mapping[str, Task] = MappingProxyType({})  # of this phase, by task id
-    trained: Mapping[str, Task] = MappingProxyType({})  # of the last closed round
-    tried: frozenset[str] = frozenset()  # asked in vain for the initial model
-    opened_ns: int = 0
-    closed_ns: int = 0
-    closed: pb.RoundClosed | None = None
-    finished: pb.RunFinished | None = None
-    refused: Mapping[str, str] = MappingProxyType({})  # runs asked for in vain, not told yet: why
-
-    def validate(self) -> None:
-        """Assert what holds between any two events."""
-        assert self.members.isdisjoint(self.asking)
-        assert self.absent.keys().isdisjoint(self.asking | self.members)
-        assert (self.plan is None) == (self.phase is Phase.IDLE)
-        assert (self.finished is not None) == (self.phase is Phase.FINISHED)
-        learners = [task.learner for task in self.tasks.values()]
-        assert len(set(learners)) == len(learners), "a learner has one task at a time"
-        for task in self.tasks.values():
-            assert task.status is not Status.COMPLETED or task.completion is not None
-        if self.closed is not None:
-            counted = [one.learner for one in self.closed.counted]
-            missing = [one.learner for one in self.closed.missing]
-            assert sorted(counted) == counted, "the fold order is the order of names"
-            assert sorted(counted + missing) == sorted(t.learner for t in self.trained.values())
-
-
-# ---- What happened -------------------------------------------------------------
+__all__ = ["apply"]
 
 
 def apply(run: Run, event: Logged) -> tuple[Run, str]:
@@ -136,34 +40,30 @@ def _run_started(run: Run, event: Logged) -> tuple[Run, str]:
     assert isinstance(plan, pb.RunStarted)
     if run.plan is not None and run.plan.run_id == plan.run_id:
         return run, f"run {plan.run_id} was started before"
-    if why := _refusal(run, plan):
-        return replace(run, refused=_with(run.refused, plan.run_id, why)), why
-    fresh = Run(run.federation, asking=run.asking, members=run.members, refused=run.refused)
-    return replace(fresh, phase=Phase.GATHERING, plan=plan, opened_ns=event.at_ns), ""
-
-
-def _refusal(run: Run, plan: pb.RunStarted) -> str:
-    """Why this run cannot begin now; "" if it can."""
-    names = list(plan.learners)
     if run.plan is not None and run.phase is not Phase.FINISHED:
-        return f"asked for while run {run.plan.run_id} is {run.phase.value}; wait for its end"
-    if sorted(set(names)) != names or plan.quorum > len(names):
-        return "learners must be sorted and unique, and the quorum at most their number"
-    if plan.privacy not in PRIVACY_MODES:
-        return f"privacy mode {plan.privacy!r}; this controller has {', '.join(PRIVACY_MODES)}"
-    # A learner's part of RoundClosed: twice its name, the run's, numbers and a digest. It leaves
-    # some room for a reason where a learner is missing.
-    round_bytes = 1_024 + sum(2 * len(name) + len(plan.run_id) + 70 for name in names)
-    if round_bytes > PAYLOAD_BYTES_MAX:
-        return (
-            f"{len(names)} learners with names as long as these need events of {round_bytes} "
-            f"bytes; at most {PAYLOAD_BYTES_MAX}: shorten the names or invite fewer"
-        )
-    return ""
+        why = f"asked for while run {run.plan.run_id} is {run.phase.value}; wait for its end"
+    else:
+        why = refusal(plan, run.terms)
+    if why:
+        return replace(run, refused=_with(run.refused, plan.run_id, why)), why
+    return Run(
+        run.federation,
+        run.terms,
+        Phase.GATHERING,
+        plan,
+        asking=run.asking,
+        members=run.members,
+        declared=run.declared,
+        refused=run.refused,
+        opened_ns=event.at_ns,
+    ), ""
 
 
 def _learner_joined(run: Run, event: Logged) -> tuple[Run, str]:
-    name = _learner(event)
+    joined = event.message
+    assert isinstance(joined, pb.LearnerJoined)
+    name = joined.learner
+    run = replace(run, declared=MappingProxyType({**run.declared, name: joined.examples}))
     if name in run.members:
         return run, ""
     return replace(run, asking=run.asking | {name}, absent=_without(run.absent, name)), ""
@@ -198,8 +98,7 @@ def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
     opened = event.message
     assert isinstance(opened, pb.RoundOpened)
     if run.phase is Phase.TRAINING:
-        in_vain = all(task.settled and not task.counts for task in run.tasks.values())
-        if not (run.round == opened.round == 0 and in_vain):
+        if not _opens_again(run, opened):
             return run, f"round {opened.round} opened while round {run.round} is open"
     elif opened.round != (0 if run.phase is Phase.GATHERING else run.round + 1):
         return run, f"round {opened.round} opened after round {run.round}"
@@ -208,10 +107,34 @@ def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
         run,
         phase=Phase.TRAINING,
         round=opened.round,
-        opened_ns=event.at_ns,
-        tasks=_tasks(Task(i.task_id, i.learner, kind) for i in opened.invited),
+        attempt=opened.attempt,
+        reference_weight=opened.reference_weight or 1.0,
+        exponents=tuple(opened.exponents),
+        left_out=_left_out(run, opened),
+        opened_ns=run.opened_ns if opened.attempt else event.at_ns,
+        tasks=_by_id(Task(i.task_id, i.learner, kind) for i in opened.invited),
         tried=run.tried | {i.learner for i in opened.invited} if opened.round == 0 else run.tried,
     ), ""
+
+
+def _opens_again(run: Run, opened: pb.RoundOpened) -> bool:
+    """Whether the open round may be opened anew: for larger exponents, or in vain so far."""
+    if opened.round != run.round or not all(task.settled for task in run.tasks.values()):
+        return False
+    if any(task.status is Status.EXCEEDED for task in run.tasks.values()):
+        return opened.attempt == run.attempt + 1
+    return run.round == 0 and not any(task.counts for task in run.tasks.values())
+
+
+def _left_out(run: Run, opened: pb.RoundOpened) -> Mapping[str, str]:
+    """Who was asked in an earlier attempt at this round and is not any more, and why."""
+    if not opened.attempt:
+        return MappingProxyType({})
+    invited = {one.learner for one in opened.invited}
+    gone = {task.learner: task.reason for task in run.tasks.values()}
+    return MappingProxyType(
+        {name: why for name, why in {**run.left_out, **gone}.items() if name not in invited}
+    )
 
 
 def _task_assigned(run: Run, event: Logged) -> tuple[Run, str]:
@@ -239,9 +162,64 @@ def _task_completed(run: Run, event: Logged) -> tuple[Run, str]:
     assert task is not None
     if task.kind == pb.TRAIN and not done.examples:
         return _put(run, _failed(task, "trained on no examples", event)), ""
-    return _put(run, _check_digest(replace(
-        task, status=Status.COMPLETED, completion=done, settled_ns=event.at_ns
-    ))), ""  # fmt: skip
+    if run.terms and task.kind != pb.EVALUATE and (why := _misfit(run, task, done)):
+        return _put(run, _failed(task, why, event)), ""
+    completed = replace(
+        task,
+        status=Status.COMPLETED,
+        completion=done,
+        exponents=tuple(done.exponents),
+        settled_ns=event.at_ns,
+    )
+    return _put(run, _check_digest(completed)), ""
+
+
+def _misfit(run: Run, task: Task, done: pb.TaskCompleted) -> str:
+    """Why an encrypted update cannot be part of the sum; "" if it can."""
+    if (known := _tensors(run)) and len(done.exponents) != known:
+        return f"reports {len(done.exponents)} exponents; the model has {known}"
+    if task.kind == pb.INITIALISE:
+        return ""
+    counted = [t.completion.examples for t in run.tasks.values() if t.completion is not None]
+    total = sum([*counted, done.examples]) / run.reference_weight
+    assert run.terms is not None
+    if not weights_fit(total, run.terms.weight_sum_max):
+        return (
+            f"its weight of {done.examples / run.reference_weight:.3g} brings the sum of weights "
+            f"to {total:.4g}; the key allows {run.terms.weight_sum_max}: declare the examples that "
+            "are trained on, or make a key for more learners"
+        )
+    return ""
+
+
+def _tensors(run: Run) -> int:
+    """How many float tensors the model has, as far as anyone has said; 0: nobody has."""
+    said = (run.exponents, *(task.exponents for task in run.tasks.values()))
+    return next((len(exponents) for exponents in said if exponents), 0)
+
+
+def _scale_exceeded(run: Run, event: Logged) -> tuple[Run, str]:
+    exceeded = event.message
+    assert isinstance(exceeded, pb.ScaleExceeded)
+    task = run.tasks.get(exceeded.task_id)
+    if why := _unexpected(task, event):
+        return run, why
+    assert task is not None
+    needed = tuple(exceeded.exponents)
+    known = run.exponents or (0,) * (_tensors(run) or len(needed))
+    if run.terms is None or task.kind == pb.EVALUATE:
+        why = "reports that a scale was exceeded where there is none"
+    elif len(needed) != len(known) or all(n <= k for n, k in zip(needed, known, strict=True)):
+        why = "reports that its update does not fit, and exponents in which it does"
+    if why:
+        return _put(run, _failed(task, why, event)), ""
+    return _put(run, replace(
+        task,
+        status=Status.EXCEEDED,
+        exponents=needed,
+        reason=f"tensor {exceeded.tensor!r} does not fit the round's exponents",
+        settled_ns=event.at_ns,
+    )), ""  # fmt: skip
 
 
 def _task_failed(run: Run, event: Logged) -> tuple[Run, str]:
@@ -265,6 +243,15 @@ def _update_stored(run: Run, event: Logged) -> tuple[Run, str]:
     return _put(run, _check_digest(replace(
         task, stored_digest=stored.digest, settled_ns=event.at_ns
     ))), ""  # fmt: skip
+
+
+def _update_unusable(run: Run, event: Logged) -> tuple[Run, str]:
+    unusable = event.message
+    assert isinstance(unusable, pb.UpdateUnusable)
+    task = run.tasks.get(unusable.task_id)
+    if task is None or not task.counts:
+        return run, "unusable after its round, or told before"
+    return _put(run, _failed(task, unusable.reason, event)), ""
 
 
 def _lease_ended(run: Run, event: Logged) -> tuple[Run, str]:
@@ -296,10 +283,12 @@ def _round_closed(run: Run, event: Logged) -> tuple[Run, str]:
         run,
         phase=Phase.EVALUATING,
         model_digest=closed.model_digest,
+        initialiser=run.initialiser or closed.counted[0].learner,
         trained=run.tasks,
-        tasks=_tasks(Task(f"{prefix}.{name}", name, pb.EVALUATE) for name in scored),
+        tasks=_by_id(Task(f"{prefix}.{name}", name, pb.EVALUATE) for name in scored),
         closed=closed,
         closed_ns=event.at_ns,
+        exponents=largest(task.exponents for task in run.tasks.values() if task.counts),
     ), ""
 
 
@@ -331,17 +320,14 @@ _TRANSITIONS: Mapping[str, tuple[frozenset[Phase], Callable[[Run, Logged], tuple
             "TaskCompleted": (_WORKING, _task_completed),
             "TaskFailed": (_WORKING, _task_failed),
             "UpdateStored": (_WORKING, _update_stored),
+            "UpdateUnusable": (frozenset({Phase.TRAINING}), _update_unusable),
             "LeaseEnded": (_RUNNING, _lease_ended),
             "RoundClosed": (frozenset({Phase.TRAINING}), _round_closed),
             "RunFinished": (_ANY, _run_finished),
+            "ScaleExceeded": (frozenset({Phase.TRAINING}), _scale_exceeded),
         }
     )
 )
-
-
-def present(run: Run, plan: pb.RunStarted) -> list[str]:
-    """The learners of the plan who are members now, by name."""
-    return [name for name in plan.learners if name in run.members]
 
 
 def _learner(event: Logged) -> str:
@@ -349,7 +335,7 @@ def _learner(event: Logged) -> str:
     return name
 
 
-def _tasks(tasks: Iterable[Task]) -> Mapping[str, Task]:
+def _by_id(tasks: Iterable[Task]) -> Mapping[str, Task]:
     return MappingProxyType({task.task_id: task for task in tasks})
 
 

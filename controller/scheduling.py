@@ -5,12 +5,15 @@ back through the log, where `round.apply` takes them. Asking twice is harmless: 
 key, and the shell runs a key once.
 
 A round closes when every invited learner has answered or gone silent for longer than its lease.
-It counts if at least `quorum` updates are in; else the run fails and says who was missing.
+It counts if at least `quorum` updates are in; else the run fails and says who was missing. If an
+encrypted update did not fit the round's exponents, the round opens again with larger ones, for all
+who have an update.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,7 +22,8 @@ from typing import Final
 from google.protobuf.message import Message
 
 from metisfl.controller.lease import Wait
-from metisfl.controller.round import Phase, Run, Status, Task, present
+from metisfl.controller.plan import largest, reference_weight
+from metisfl.controller.state import Phase, Run, Status, Task, present
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
 from metisfl.proto.events import PAYLOAD_BYTES_MAX, REASON_CHARACTERS_MAX
@@ -64,6 +68,8 @@ class Fold:
     round: int
     base_digest: bytes  # empty for round 0
     contributions: tuple[Contribution, ...]
+    reference_weight: float
+    exponents: tuple[int, ...]  # none in plain mode; none in round 0: all are 0
 
 
 Effect = Publish | Fold
@@ -72,7 +78,9 @@ Effect = Publish | Fold
 def key_of(message: Message) -> str:
     """Name what an event settles, so that an effect and the event it became can be matched."""
     kind = message.DESCRIPTOR.name
-    if isinstance(message, (pb.RoundOpened, pb.RoundClosed)):
+    if isinstance(message, pb.RoundOpened):
+        return f"{kind}:{message.run_id}:{message.round}:{message.attempt}"
+    if isinstance(message, pb.RoundClosed):
         return f"{kind}:{message.run_id}:{message.round}"
     if isinstance(message, (pb.RunStarted, pb.RunFinished)):
         return f"{kind}:{message.run_id}"
@@ -114,6 +122,8 @@ def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     pending = _assignments(run, plan) + _cancellations(run)
     if not all(task.settled for task in run.tasks.values()):
         return pending
+    if again := _opened_again(run, plan):
+        return (*pending, again)
     counted = _contributions(run)
     if run.round == 0 and not counted:
         left = [name for name in present(run, plan) if name not in run.tried]
@@ -123,14 +133,42 @@ def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     if run.round > 0 and len(counted) < plan.quorum:
         why = f"round {run.round} has {len(counted)} updates; the quorum is {plan.quorum}"
         return (*pending, _fail(run, plan, why))
+    if run.round > 0 and (why := _dominated(run, counted)):
+        return (*pending, _fail(run, plan, why))
     fold = Fold(
         key=f"RoundClosed:{plan.run_id}:{run.round}",
         run_id=plan.run_id,
         round=run.round,
         base_digest=run.model_digest,
         contributions=counted,
+        reference_weight=run.reference_weight,
+        exponents=run.exponents,
     )
     return (*pending, fold)
+
+
+def _dominated(run: Run, counted: tuple[Contribution, ...]) -> str:
+    """Why the sites would not open the sum: one of them is nearly all of it; "" if they will."""
+    heaviest = max(counted, key=lambda one: one.weight)
+    share = heaviest.weight / math.fsum(one.weight for one in counted)
+    if run.terms is None or share <= run.terms.max_share:
+        return ""
+    return (
+        f"the update of {heaviest.learner} is {share:.1%} of round {run.round}; the key's policy "
+        f"allows {run.terms.max_share:.1%} (max_share of `metisfl keys new`)"
+    )
+
+
+def _opened_again(run: Run, plan: pb.RunStarted) -> Publish | None:
+    """The open round with larger exponents, if an update did not fit; None if all did."""
+    if not any(task.status is Status.EXCEEDED for task in run.tasks.values()):
+        return None
+    able = {t.learner for t in run.tasks.values() if t.counts or t.status is Status.EXCEEDED}
+    invited = [name for name in present(run, plan) if name in able]
+    if not invited:
+        return None
+    exponents = largest([run.exponents, *(task.exponents for task in run.tasks.values())])
+    return _open_round(run, plan, run.round, invited, run.attempt + 1, exponents)
 
 
 def _decide_evaluating(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
@@ -165,16 +203,29 @@ def _publish(topic: str, message: Message, correlation_id: str = "") -> Publish:
     return Publish(key_of(message), topic, message, correlation_id)
 
 
-def _open_round(run: Run, plan: pb.RunStarted, number: int, invited: list[str]) -> Publish:
+def _open_round(
+    run: Run,
+    plan: pb.RunStarted,
+    number: int,
+    invited: list[str],
+    attempt: int = 0,
+    exponents: tuple[int, ...] | None = None,
+) -> Publish:
     kind = "initialise" if number == 0 else "train"
+    again = f"again{attempt}." if attempt else ""
     opened = pb.RoundOpened(
         run_id=plan.run_id,
         round=number,
         model_digest=run.model_digest,
         invited=[
-            pb.Invitation(learner=name, task_id=f"{plan.run_id}.{number}.{kind}.{name}")
+            pb.Invitation(learner=name, task_id=f"{plan.run_id}.{number}.{kind}.{again}{name}")
             for name in invited
         ],
+        attempt=attempt,
+        reference_weight=(
+            run.reference_weight if attempt else reference_weight(map(run.declared_by, invited))
+        ),
+        exponents=run.exponents if exponents is None else exponents,
     )
     # Not a broadcast: an invited learner gets its task, and the others have nothing to do.
     return _publish(topics.ledger_topic(run.federation, topics.ALL), opened, plan.run_id)
@@ -216,6 +267,11 @@ def _assignments(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
                 lease_s=plan.lease_s,
                 hyperparameters=plan.hyperparameters,
                 keep_model=last,
+                attempt=run.attempt,
+                reference_weight=run.reference_weight,
+                exponents=run.exponents if run.phase is Phase.TRAINING else (),
+                privacy=plan.privacy,
+                initial_seed=seed_of(plan.seed, 0, run.initialiser or task.learner),
             ),
             task.task_id,
         )
@@ -269,12 +325,14 @@ def round_closed(run: Run, fold: Fold, model_digest: bytes) -> Publish:
             )
             for one in fold.contributions
         ],
+        reference_weight=fold.reference_weight,
     )
-    missing = sorted((t for t in run.tasks.values() if t.learner not in counted), key=_by_learner)
+    asked = {**run.left_out, **{task.learner: task.reason for task in run.tasks.values()}}
+    missing = sorted(asked.keys() - counted)
     share_bytes = (PAYLOAD_BYTES_MAX - closed.ByteSize()) // max(1, len(missing))
-    for task in missing:
-        reason = task.reason.encode()[: share_bytes - len(task.learner) - _ABSENCE_BYTES]
-        closed.missing.add(learner=task.learner, reason=reason.decode(errors="ignore"))
+    for name in missing:
+        reason = asked[name].encode()[: share_bytes - len(name) - _ABSENCE_BYTES]
+        closed.missing.add(learner=name, reason=reason.decode(errors="ignore"))
     return _publish(topics.run_topic(run.federation), closed, fold.run_id)
 
 

@@ -23,22 +23,35 @@ import structlog
 
 from metisfl import __version__
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox, Record
-from metisfl.controller import aggregate
 from metisfl.controller.bulk import BulkEndpoint, Expected
+from metisfl.controller.encrypted_fold import UnusableUpdate, context_of, terms_of, update_form
+from metisfl.controller.folding import fold_round
 from metisfl.controller.lease import Leases
 from metisfl.controller.record import record_of
-from metisfl.controller.round import Logged, Phase, Run, Status, apply
-from metisfl.controller.scheduling import Fold, Publish, decide, key_of, round_closed, waits
+from metisfl.controller.round import apply
+from metisfl.controller.scheduling import (
+    Contribution,
+    Fold,
+    Publish,
+    decide,
+    key_of,
+    round_closed,
+    waits,
+)
 from metisfl.controller.spool import Spool
+from metisfl.controller.state import Logged, Phase, Run, Status
 from metisfl.controller.store import ModelStore
 from metisfl.deploy import logs, run
+from metisfl.deploy.allocator import return_large_blocks
+from metisfl.deploy.ckks_keys import load_public, refuse_secret_parts
 from metisfl.deploy.database import open_database, sole_process, transaction
 from metisfl.deploy.keys import load_identity, load_peers, load_servers
 from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
 from metisfl.proto.chunk import federation_digest
-from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.ckks_key import PublicPart
+from metisfl.proto.errors import PeerError, UserError
 from metisfl.proto.events import decode
 from metisfl.proto.records import pack_record
 
@@ -64,6 +77,7 @@ class Controller:
         bulk: BulkEndpoint,
         store: ModelStore,
         spool: Spool,
+        public: PublicPart | None,
     ) -> None:
         self._federation = federation
         self._home = home
@@ -73,8 +87,10 @@ class Controller:
         self._bulk = bulk
         self._store = store
         self._spool = spool
-        self._run = Run(federation)
+        self._public = public
+        self._run = Run(federation, terms_of(public))
         self._under_way: set[str] = set()
+        self._folding = ""
         self._leases = Leases()
         self._lease_timer: asyncio.TimerHandle | None = None
         self._recorded: tuple[str, int] | None = None
@@ -146,6 +162,8 @@ class Controller:
             return
         if record.publisher == "controller":
             self._under_way.discard(key_of(message))
+            if isinstance(message, pb.UpdateUnusable):  # the round's fold begins anew
+                self._under_way.discard(self._folding)
         before = self._run
         self._run, dropped = apply(
             self._run, Logged(message, record.publisher, record.logged_unix_ns)
@@ -184,6 +202,7 @@ class Controller:
         """Do what the state calls for and is not under way yet."""
         self._live = True
         self._expect()
+        self._offer()
         new = [effect for effect in decide(self._run) if effect.key not in self._under_way]
         self._under_way.update(effect.key for effect in new)
         self._publish([effect for effect in new if isinstance(effect, Publish)])
@@ -210,6 +229,7 @@ class Controller:
             self._bulk.expect({})
             return
         run_digest = federation_digest(self._federation, plan.run_id)
+        form = update_form(self._public, self._run.exponents) if self._public else None
         self._bulk.expect(
             {
                 task.task_id: Expected(
@@ -217,33 +237,41 @@ class Controller:
                     model_digest=self._run.model_digest or None,
                     federation=run_digest,
                     stored_digest=task.stored_digest,
+                    encryption=form,
                 )
                 for task in self._run.tasks.values()
                 if task.status in (Status.INVITED, Status.ASSIGNED, Status.COMPLETED)
             }
         )
 
+    def _offer(self) -> None:
+        """Let sites that check the fold themselves fetch what is in the newest model."""
+        closed = self._run.closed
+        if self._public and self._public.verify == "full" and closed is not None:
+            self._bulk.offer(
+                {one.update_digest: self._spool.update_path(one.task_id) for one in closed.counted}
+            )
+
     async def _fold(self, effect: Fold) -> None:
-        base = self._store.path(effect.base_digest) if effect.base_digest else None
-        updates = [
-            aggregate.Update(self._spool.update_path(one.task_id), one.weight)
-            for one in effect.contributions
-        ]
-        started = time.monotonic()
-        digest = await asyncio.to_thread(self._fold_files, updates, base)
+        self._folding = effect.key
+        try:
+            digest = await asyncio.to_thread(
+                fold_round, effect, self._store, self._spool, self._public
+            )
+        except UnusableUpdate as error:
+            self._leave_out(effect.contributions[error.position], str(error))
+            return
         # While the round is open, nothing of the next one can be among what is deleted.
         current = [task.task_id for task in self._run.tasks.values()]
         await asyncio.to_thread(self._forget, current, [*self._recent_models, digest])
-        _log.debug("folded", round=effect.round, seconds=time.monotonic() - started)
         self._publish([round_closed(self._run, effect, digest)])
 
-    def _fold_files(self, updates: list[aggregate.Update], base: Path | None) -> bytes:
-        try:
-            draft = self._store.draft(updates[0].path.stat().st_size)
-            digest = aggregate.fold(updates, base, draft)
-        except OSError as error:
-            raise MachineError(f"{self._home}: the updates cannot be folded: {error}") from error
-        return self._store.put(draft, digest)
+    def _leave_out(self, one: Contribution, reason: str) -> None:
+        """Tell the log that an update cannot be folded; then the others are."""
+        _log.error("update unusable", task=one.task_id, learner=one.learner, why=reason)
+        unusable = pb.UpdateUnusable(task_id=one.task_id, learner=one.learner, reason=reason)
+        topic = topics.ledger_topic(self._federation, one.learner)
+        self._publish([Publish(key_of(unusable), topic, unusable, one.task_id)])
 
     def _forget(self, task_ids: list[str], models: list[bytes]) -> None:
         """Delete the updates of closed rounds and models that nobody can ask for any more."""
@@ -281,13 +309,17 @@ class Controller:
 
 async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     """Run the controller until `stop`. Raises MetisError for whatever keeps it from its work."""
+    return_large_blocks()
     home: Path = options.home
     identity = load_identity(home / "keys")
     if identity.principal != "controller":
         raise UserError(f"{home}/keys holds the key of {identity.principal}, not the controller's")
     servers = load_servers(home / "keys", "broker")
+    refuse_secret_parts("the controller", [home, home / "keys", home / "spool", home / "models"])
+    public = load_public(home / "keys")
     with sole_process(home, "controller"):
-        store, spool = ModelStore(home / "models"), Spool(home / "spool")
+        store = ModelStore(home / "models")
+        spool = Spool(home / "spool", context=context_of(public) if public else None)
         connection = open_database(home / "controller.db")
         outbox = Outbox(connection, "controller")
         loop = asyncio.get_running_loop()
@@ -323,6 +355,7 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
                     bulk=bulk,
                     store=store,
                     spool=spool,
+                    public=public,
                 )
                 controllers.append(controller)
                 bulk.start()

@@ -21,27 +21,34 @@ from pathlib import Path
 from typing import Final
 
 from metisfl.controller.store import RESERVE_BYTES, check_space
-from metisfl.native_c import first_non_finite
+from metisfl.native_c import ckks, first_non_finite
 from metisfl.proto.bulk import Code
 from metisfl.proto.chunk import (
-    CHUNK_BYTES,
+    PLAIN,
     Buffer,
     ChunkHeader,
+    chunk_bytes,
     chunk_count,
     chunk_extent,
+    exponents_of,
     value_count,
 )
 from metisfl.proto.digest import RunningDigest
 from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.model_file import ModelFile, header_of, open_model, sync_folder
 from metisfl.proto.model_pb2 import Manifest
-from metisfl.proto.tensors import ITEM_BYTES, segments, serialise_manifest
+from metisfl.proto.tensors import (
+    FLOATS,
+    ITEM_BYTES,
+    is_encrypted,
+    segments,
+    serialise_manifest,
+)
 
 __all__ = ["Spool", "StagedUpdate", "UpdateRejected"]
 
 UPDATE_BYTES_MAX: Final = 64 << 30
 SYNC_BYTES: Final = 8 << 20
-FLOATS: Final = frozenset({"bfloat16", "float16", "float32", "float64"})
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}")
 PART: Final = ".part"
 UPDATE: Final = ".update"
@@ -63,13 +70,23 @@ class UpdateRejected(PeerError):
 class StagedUpdate:
     """One update on its way in. Create it with `Spool.begin`."""
 
-    def __init__(self, path: Path, descriptor: int, digest: bytes, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        digest: bytes,
+        manifest: Manifest,
+        trial: ckks.Fold | None,
+    ) -> None:
         manifest_bytes = serialise_manifest(manifest)
+        self._trial = trial
+        self._exponents = exponents_of(manifest)
         self.digest = digest
         self.manifest = manifest
         self.payload_bytes: int = manifest.payload_bytes
-        self.count = chunk_count(self.payload_bytes)
+        self.count = chunk_count(manifest)
         self.received = 0  # chunks
+        self._step = chunk_bytes(manifest)
         self.resumed = False  # whether some of it was found on disk
         self.path = path
         self._descriptor = descriptor
@@ -81,7 +98,7 @@ class StagedUpdate:
 
     @property
     def received_bytes(self) -> int:
-        return min(self.received * CHUNK_BYTES, self.payload_bytes)
+        return min(self.received * self._step, self.payload_bytes)
 
     @property
     def complete(self) -> bool:
@@ -94,14 +111,43 @@ class StagedUpdate:
 
     def check(self, header: ChunkHeader, payload: Buffer) -> None:
         """Check that the values of chunk `received` can be folded. Raises UpdateRejected."""
-        start, stop = chunk_extent(self.received, self.payload_bytes)
-        values = value_count(self.manifest, start, stop)
+        start, stop = chunk_extent(self.received, self.manifest)
+        values = value_count(self.manifest, self.received)
         if (header.payload_bytes, header.value_count) != (stop - start, values):
             raise UpdateRejected(
                 Code.DAMAGED,
                 f"chunk {header.index} of {self.count} has {header.payload_bytes} bytes and "
                 f"{header.value_count} values; the manifest says {stop - start} and {values}",
             )
+        if (header.privacy == PLAIN) == is_encrypted(self.manifest):
+            raise UpdateRejected(
+                Code.BAD_MANIFEST,
+                f"chunk {header.index} says that its privacy mode is {header.privacy}, which its "
+                "manifest contradicts",
+            )
+        if header.exponents != self._exponents:
+            raise UpdateRejected(
+                Code.BAD_MANIFEST,
+                f"chunk {header.index} has the exponents {header.exponents.hex()}; the manifest's "
+                f"are {self._exponents.hex()}",
+            )
+        if is_encrypted(self.manifest):
+            self._check_block(header.value_count, payload)
+        else:
+            self._check_finite(start, stop, payload)
+
+    def _check_block(self, values: int, payload: Buffer) -> None:
+        """Try to fold it: whatever the fold would refuse later is refused now."""
+        assert self._trial is not None, "an encrypted update at a controller without a key"
+        form = self.manifest.encryption
+        ciphertexts = -(-values // form.ring_dimension)
+        self._trial.begin(self.received, self.count, ciphertexts, self._exponents, form.polynomials)
+        try:
+            self._trial.absorb(payload)
+        except ckks.BlockError as error:
+            raise UpdateRejected(Code.DAMAGED, f"chunk {self.received}: {error}") from None
+
+    def _check_finite(self, start: int, stop: int, payload: Buffer) -> None:
         view = memoryview(payload)
         for part in segments(self.manifest, start, stop):
             if part.dtype not in FLOATS:
@@ -126,7 +172,7 @@ class StagedUpdate:
             raise MachineError(f"{self.path}: {error.strerror}") from None
         self._digest.update(offset, payload)
         self.received += 1
-        if self.received - self._noted >= SYNC_BYTES // CHUNK_BYTES:
+        if (self.received - self._noted) * self._step >= SYNC_BYTES:
             self.note()
 
     def note(self) -> None:
@@ -201,10 +247,15 @@ class Spool:
         self,
         folder: Path,
         *,
+        context: ckks.Context | None = None,
         reserve_bytes: int = RESERVE_BYTES,
         update_bytes_max: int = UPDATE_BYTES_MAX,
     ) -> None:
-        """Open or create `folder`. Raises MachineError if it cannot be used."""
+        """Open or create `folder`. `context` is that of encrypted updates.
+
+        Raises MachineError if it cannot be used.
+        """
+        self._trial = None if context is None else ckks.Fold(context)
         self.folder = folder
         self._reserve_bytes = reserve_bytes
         self._update_bytes_max = update_bytes_max
@@ -276,7 +327,7 @@ class Spool:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise MachineError(f"{path}: {error.strerror}") from None
-        staged = StagedUpdate(path, descriptor, digest, manifest)
+        staged = StagedUpdate(path, descriptor, digest, manifest, self._trial)
         try:
             if os.fstat(descriptor).st_size == part_bytes and (
                 os.pread(descriptor, len(header), 0) == header

@@ -182,7 +182,7 @@ class Uploads:
         for task_id, check in self._checks.items():
             if check.route is not None and now - check.told_at >= WORD_S:
                 check.told_at = now
-                count = chunk_count(check.model.payload_bytes)
+                count = chunk_count(check.model.manifest)
                 self._send(check.route, Credit(task_digest(task_id), count, count))
 
     def unreachable(self, routes: set[bytes]) -> None:

@@ -14,6 +14,7 @@ from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.controller.uploads import Uploads
 from metisfl.native_c import crc32c
+from metisfl.native_c.ckks import Context
 from metisfl.proto.bulk import Chunk, Frame, Open, Refused
 from metisfl.proto.chunk import (
     CHUNK_BYTES,
@@ -35,8 +36,8 @@ Models = Callable[..., ModelFile]
 class Desk:
     """Uploads with everything that it sends and announces written down."""
 
-    def __init__(self, home: Path) -> None:
-        self.spool = Spool(home / "spool")
+    def __init__(self, home: Path, context: Context | None = None) -> None:
+        self.spool = Spool(home / "spool", context=context)
         self.sent: list[tuple[bytes, Frame]] = []
         self.stored: list[tuple[str, bytes, int]] = []
         self.refused: list[tuple[str, str, str]] = []
@@ -74,7 +75,7 @@ class Desk:
         damage: bool = False,
         manifest: bytes | None = None,
     ) -> None:
-        start, stop = chunk_extent(index, model.payload_bytes)
+        start, stop = chunk_extent(index, model.manifest)
         payload = bytearray(model.pread(start, stop - start))
         header = describe_chunk(
             model.manifest,
@@ -103,20 +104,20 @@ class Desk:
 
     def upload(self, model: ModelFile, task: str = "t", who: str = ADA) -> None:
         self.open(model, task, who)
-        for index in range(chunk_count(model.payload_bytes)):
+        for index in range(chunk_count(model.manifest)):
             self.chunk(model, index, task, who)
             self.work()
 
 
 @pytest.fixture
-def a_desk(tmp_path: Path) -> Iterator[Callable[[], Desk]]:
+def a_desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
     """Start a controller's uploads anew on what lies on disk; nothing is open yet."""
     desks: list[Desk] = []
 
-    def start() -> Desk:
+    def start(context: Context | None = None) -> Desk:
         for desk in desks:
             desk.uploads.close()
-        desks.append(Desk(tmp_path))
+        desks.append(Desk(tmp_path, context))
         return desks[-1]
 
     yield start
@@ -125,7 +126,7 @@ def a_desk(tmp_path: Path) -> Iterator[Callable[[], Desk]]:
 
 
 @pytest.fixture
-def desk(a_desk: Callable[[], Desk]) -> Desk:
+def desk(a_desk: Callable[..., Desk]) -> Desk:
     desk = a_desk()
     desk.expect({"t": Expected(ADA, federation=FEDERATION)})
     return desk

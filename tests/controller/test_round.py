@@ -7,84 +7,16 @@ broker may give them.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
-from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from round_world import DIGEST, LEARNERS, World, counted, plan
 
-from metisfl.controller.round import Logged, Phase, Run, Status, apply
-from metisfl.controller.scheduling import Fold, Publish, decide, round_closed, seed_of, waits
+from metisfl.controller.round import apply
+from metisfl.controller.scheduling import decide, seed_of, waits
+from metisfl.controller.state import Phase, Run, Status
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import encode
-
-LEARNERS = ("ada", "bob", "cyd")
-DIGEST = bytes(range(32))
-
-
-def plan(rounds: int = 2, quorum: int = 2, run_id: str = "r1") -> pb.RunStarted:
-    return pb.RunStarted(
-        run_id=run_id,
-        rounds=rounds,
-        learners=LEARNERS,
-        quorum=quorum,
-        lease_s=5.0,
-        seed=7,
-        privacy="plain",
-        hyperparameters=pb.Hyperparameters(epochs=1, batch_size=8),
-    )
-
-
-@dataclass
-class World:
-    """A log, the state it gives, and the effects that are under way."""
-
-    run: Run = field(default_factory=lambda: Run("f"))
-    log: list[Logged] = field(default_factory=list)
-    under_way: dict[str, Publish | Fold] = field(default_factory=dict)
-
-    def log_event(self, message: Message, publisher: str) -> str:
-        event = Logged(message, publisher, len(self.log))
-        self.log.append(event)
-        self.run, dropped = apply(self.run, event)
-        self.run.validate()
-        for effect in decide(self.run):
-            self.under_way.setdefault(effect.key, effect)
-        return dropped
-
-    def perform(self, key: str) -> None:
-        effect = self.under_way.pop(key)
-        if isinstance(effect, Fold):
-            effect = round_closed(self.run, effect, DIGEST)
-        self.log_event(effect.message, "controller")
-
-    def perform_all(self) -> None:
-        while self.under_way:
-            self.perform(next(iter(self.under_way)))
-
-    def start(self, the_plan: pb.RunStarted) -> None:
-        self.log_event(the_plan, "driver:d")
-        for name in LEARNERS:
-            self.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
-        self.perform_all()
-
-    def complete(self, task_id: str, examples: int = 10, digest: bytes = DIGEST) -> str:
-        name = task_id.rsplit(".", 1)[1]
-        kind = self.run.tasks[task_id].kind if task_id in self.run.tasks else pb.TRAIN
-        if kind != pb.EVALUATE:
-            self.log_event(
-                pb.UpdateStored(task_id=task_id, learner=name, digest=DIGEST), "controller"
-            )
-        return self.log_event(
-            pb.TaskCompleted(
-                task_id=task_id, learner=name, update_digest=digest, examples=examples
-            ),
-            f"learner:{name}",
-        )
-
-
-def counted(log: list[Logged]) -> list[pb.RoundClosed]:
-    return [e.message for e in log if isinstance(e.message, pb.RoundClosed)]
 
 
 def test_a_run_without_trouble_counts_everyone_in_every_round() -> None:

@@ -119,6 +119,7 @@ class World:
             bulk=cast(Any, self.around),
             store=self.store,
             spool=self.spool,
+            public=None,
         )
         self.plan = pb.RunStarted()
         self.plan.CopyFrom(PLAN)

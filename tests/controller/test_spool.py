@@ -40,7 +40,7 @@ def random_model(path: Path, chunks: float) -> ModelFile:
 
 
 def chunk_of(model: ModelFile, index: int) -> tuple[ChunkHeader, bytes]:
-    start, stop = chunk_extent(index, model.payload_bytes)
+    start, stop = chunk_extent(index, model.manifest)
     payload = model.pread(start, stop - start)
     none = bytes(16)
     header = describe_chunk(
