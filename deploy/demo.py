@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from metisfl.deploy.driver import Outcome, new_run_folder, up
+from metisfl.deploy.driver import Outcome, new_run_folder, up, updates_of_a_round
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.proto.errors import MachineError, UserError
 
@@ -41,12 +41,18 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, metavar="N", help="fewer or more rounds")
     parser.add_argument("--seed", type=int, metavar="N", help="another run of the same federation")
     parser.add_argument(
+        "--privacy",
+        choices=("ckks", "plain"),
+        help="whether updates leave a hospital encrypted (ckks, the default) or not (plain)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout at the end"
     )
     options = parser.parse_args(argv)
     started = time.monotonic()
     folder = options.run_folder or new_run_folder("hearts")
-    federation = load_federation(_write_example(folder, options.rounds, options.seed))
+    changes = {"rounds": options.rounds, "seed": options.seed, "privacy": options.privacy}
+    federation = load_federation(_write_example(folder, changes))
     _say(f"four hospitals, {federation.rounds} rounds; the federation is {folder}/federation.toml")
     outcome = up(federation, folder / "run")
     _say("now each hospital alone, with as many epochs on its own patients")
@@ -59,8 +65,11 @@ def command(argv: list[str]) -> int:
     return 0
 
 
-def _write_example(folder: Path, rounds: int | None, seed: int | None) -> Path:
-    """Copy the example into `folder` and return the path of its federation file."""
+def _write_example(folder: Path, changes: Mapping[str, int | str | None]) -> Path:
+    """Copy the example into `folder` and return the path of its federation file.
+
+    `changes` gives keys another value than the example's; None leaves it.
+    """
     if folder.exists():
         raise UserError(f"{folder} exists; the demo needs a folder of its own")
     try:
@@ -69,9 +78,9 @@ def _write_example(folder: Path, rounds: int | None, seed: int | None) -> Path:
         raise MachineError(f"cannot write the example to {folder}: {error}") from None
     path = folder / "federation.toml"
     text = path.read_text()
-    for key, value in (("rounds", rounds), ("seed", seed)):
-        if value is not None:
-            lines = [f"{key} = {value}" if line.startswith(f"{key} = ") else line
+    for key, value in changes.items():
+        if value is not None:  # a number or a word of a-z is the same in JSON and in TOML
+            lines = [f"{key} = {json.dumps(value)}" if line.startswith(f"{key} = ") else line
                      for line in text.splitlines()]  # fmt: skip
             text = "\n".join(lines) + "\n"
     path.write_text(text)
@@ -111,6 +120,9 @@ def _as_json(outcome: Outcome, alone: Mapping[str, float], seconds: float) -> di
         "rounds": outcome.rounds,
         "accuracy": round(outcome.metrics["test.accuracy"], 6),
         "alone": {name: round(accuracy, 6) for name, accuracy in alone.items()},
+        "privacy": outcome.privacy,
+        "update_bytes": outcome.update_bytes,
+        "plain_bytes": outcome.plain_bytes,
         "seconds": round(seconds, 3),
         "model": str(outcome.model),
     }
@@ -139,6 +151,7 @@ def _table(
     rows += [
         f"  {'mean':<16} {mean:>7.3f} {together:>10.3f} {together - mean:>+7.3f}",
         "",
+        updates_of_a_round(outcome),
         f"{outcome.rounds} rounds in {outcome.seconds:.1f} s, all in {seconds:.1f} s",
         f"model: {outcome.model} (model.npz, model.keras)",
     ]

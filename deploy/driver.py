@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,38 +22,49 @@ from types import MappingProxyType
 
 from metisfl.deploy import logs, processes
 from metisfl.deploy.database import open_database
+from metisfl.deploy.encryption import give_key
 from metisfl.deploy.run import Interrupted, StopSignal, run
 from metisfl.deploy.run_folder import RunFolder, create_run_folder
 from metisfl.deploy.screen import Screen, screen_for
 from metisfl.deploy.settings import Federation, load_federation
-from metisfl.deploy.view import View, shown_metric
+from metisfl.deploy.view import View, readable_bytes, shown_metric
 from metisfl.deploy.watch import RunFailed, new_view, watch
-from metisfl.proto.errors import MachineError, MetisError, PeerError, UserError
+from metisfl.proto.model_file import header_of, open_model
+from metisfl.proto.model_pb2 import Manifest
+from metisfl.proto.tensors import plain_payload_bytes, serialise_manifest
 
-__all__ = ["Outcome", "command", "drive", "up"]
-
-# A daemon that ended by itself said whose fault it was; all else is this machine's.
-FAULTS: Mapping[int, type[MetisError]] = MappingProxyType(
-    {error.exit_code: error for error in (UserError, PeerError)}
-)
+__all__ = ["Outcome", "command", "drive", "new_run_folder", "up", "updates_of_a_round"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a completed run gave. `model` is the folder with model.npz and model.keras."""
+    """What a completed run gave. `model` is the folder with model.npz and model.keras.
+
+    `update_bytes` is the size of the updates in the last round's model, all together, and
+    `plain_bytes` what they would be without encryption.
+    """
 
     run_id: str
     rounds: int
     seconds: float  # from the first process started to the run finished
     metrics: Mapping[str, float]  # of the final model, pooled over the learners
     by_learner: Mapping[str, Mapping[str, float]]
+    privacy: str
+    update_bytes: int
+    plain_bytes: int
     model: Path
     folder: Path
 
 
-async def drive(federation: Federation, folder: Path, screen: Screen | None = None) -> Outcome:
+async def drive(
+    federation: Federation,
+    folder: Path,
+    screen: Screen | None = None,
+    on_started: Callable[[Mapping[str, int]], None] | None = None,
+) -> Outcome:
     """Run `federation` once in `folder`, start to end. Raises MetisError if it does not complete.
 
+    `on_started` gets the process id of every daemon, by name, before the run is asked for.
     Cancel it to end the run: all processes are stopped before the cancellation goes on.
     """
     started = time.monotonic()
@@ -65,10 +76,14 @@ async def drive(federation: Federation, folder: Path, screen: Screen | None = No
             screen or screen_for(view) as shown,
             closing(open_database(run_folder.driver / "driver.db")) as connection,
         ):
+            if federation.privacy == "ckks":
+                shown.say(await give_key(federation, run_folder))
             endpoints = processes.free_endpoints(
                 [federation.ingress, federation.live, federation.bulk]
             )
             await _start_daemons(federation, run_folder, endpoints, daemons)
+            if on_started is not None:
+                on_started({daemon.name: daemon.process.pid for daemon in daemons})
             shown.say(
                 f"started broker, controller and {len(view.learners)} learners; "
                 f"logs in {run_folder.logs}"
@@ -92,6 +107,9 @@ async def drive(federation: Federation, folder: Path, screen: Screen | None = No
         seconds=time.monotonic() - started,
         metrics=view.metrics,
         by_learner=view.evaluated,
+        privacy=federation.privacy,
+        update_bytes=view.uploaded,
+        plain_bytes=_plain_bytes(run_folder, view),
         model=model,
         folder=folder,
     )
@@ -149,7 +167,7 @@ async def _notice_losses(
                 lost = waits[wait]
                 spare -= 1
                 if lost.name in ("broker", "controller") or spare < 0:
-                    fault = FAULTS.get(lost.process.returncode or 0, MachineError)
+                    fault = processes.fault_of(lost.process.returncode or 0)
                     raise fault(processes.last_words(lost))
                 screen.say(processes.last_words(lost))
     finally:
@@ -166,6 +184,18 @@ def _keep_model(run_folder: RunFolder, view: View) -> Path:
             shutil.copytree(written, target)
             return target
     raise RunFailed("no learner has written the final model; see their logs")
+
+
+def _plain_bytes(run_folder: RunFolder, view: View) -> int:
+    """Bytes of the last round's updates as plain model files."""
+    assert view.closed is not None, "a completed run has closed a round"
+    path = run_folder.controller / "models" / f"{view.closed.model_digest.hex()}.model"
+    with open_model(path) as model:
+        plain = Manifest(
+            tensors=model.manifest.tensors, payload_bytes=plain_payload_bytes(model.manifest)
+        )
+    update = len(header_of(serialise_manifest(plain))) + plain.payload_bytes
+    return update * len(view.closed.counted)
 
 
 def up(federation: Federation, folder: Path) -> Outcome:
@@ -213,6 +243,7 @@ def command(argv: list[str]) -> int:
         print(json.dumps(as_json(outcome)))
     else:
         print(f"\n{outcome.rounds} rounds in {outcome.seconds:.1f} s; {_summary(outcome)}")
+        print(updates_of_a_round(outcome))
         print(f"model: {outcome.model}")
     return 0
 
@@ -230,9 +261,19 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "seconds": round(outcome.seconds, 3),
         "metrics": dict(outcome.metrics),
         "learners": {name: dict(metrics) for name, metrics in outcome.by_learner.items()},
+        "privacy": outcome.privacy,
+        "update_bytes": outcome.update_bytes,
+        "plain_bytes": outcome.plain_bytes,
         "model": str(outcome.model),
         "folder": str(outcome.folder),
     }
+
+
+def updates_of_a_round(outcome: Outcome) -> str:
+    """How large the updates of a round are, for people."""
+    size, plain = readable_bytes(outcome.update_bytes), readable_bytes(outcome.plain_bytes)
+    how = f"encrypted (in plain {plain})" if outcome.privacy == "ckks" else "not encrypted"
+    return f"updates of a round, all learners together: {size}, {how}"
 
 
 def _summary(outcome: Outcome) -> str:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from metisfl.deploy.run import PARENT_VARIABLE
-from metisfl.proto.errors import MachineError
+from metisfl.proto.errors import MachineError, MetisError, PeerError, UserError
 
-__all__ = ["Daemon", "free_endpoints", "last_words", "start", "stop_all"]
+__all__ = ["Daemon", "fault_of", "free_endpoints", "last_words", "start", "stop_all"]
 
 STOP_GRACE_S: Final = 10.0
 LAST_WORDS: Final = 5
@@ -72,6 +72,15 @@ def last_words(daemon: Daemon) -> str:
     how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
     text = daemon.log.read_text(errors="replace").splitlines()[-LAST_WORDS:]
     return "\n  ".join([f"{daemon.name} ended ({how}); {daemon.log} ends with", *text])
+
+
+def fault_of(code: int) -> type[MetisError]:
+    """Whose fault it is that one of our processes ended by itself: what it said with its exit code.
+
+    Whatever says nothing (a signal, a defect) is this machine's.
+    """
+    said = {error.exit_code: error for error in (UserError, PeerError)}
+    return said.get(code, MachineError)
 
 
 def free_endpoints(wanted: list[str]) -> list[str]:

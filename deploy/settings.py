@@ -7,6 +7,7 @@ any process starts. No key is ignored: a misspelt one would be a setting that si
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metisfl.proto import ckks
 from metisfl.proto.errors import UserError
 from metisfl.proto.topics import check_name
 
@@ -23,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["App", "Federation", "Learner", "Training", "load_federation"]
+__all__ = ["App", "Encryption", "Federation", "Learner", "Training", "load_federation"]
 
 FILE_BYTES_MAX = 1 << 20
 DATA_CHARACTERS_MAX = 4096
@@ -60,8 +62,26 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True)
+class Encryption:
+    """What a new key is made for, and what the sites ask of a sum before they decrypt it.
+
+    `error` is the largest error of a mean, relative to its tensor's scale. `profile` None: the
+    smallest that keeps it. `max_share` is the largest part of the weights that one site may have.
+    """
+
+    profile: str | None
+    error: float
+    min_contributors: int
+    max_share: float
+    verify: str
+
+
+@dataclass(frozen=True, slots=True)
 class Federation:
-    """A whole federation file. Endpoints are those to bind; port 0 leaves the choice of port."""
+    """A whole federation file. Endpoints are those to bind; port 0 leaves the choice of port.
+
+    `encryption` is used where `privacy` is "ckks".
+    """
 
     name: str
     rounds: int
@@ -69,6 +89,7 @@ class Federation:
     lease_s: float
     seed: int
     privacy: str
+    encryption: Encryption
     training: Training
     app: App
     learners: tuple[Learner, ...]
@@ -137,6 +158,14 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
             f"federation.quorum: {quorum} is more than the {len(learners)} learners listed; "
             f"allowed is 1 to {len(learners)}"
         )
+    encryption = Encryption(**found["encryption"])
+    if run["privacy"] == "ckks":
+        _check_sums(encryption, quorum, len(learners))
+    elif "encryption" in document:
+        raise UserError(
+            'encryption: not used where federation.privacy is "plain"; remove the table or set '
+            'privacy = "ckks"'
+        )
 
     endpoints = {
         "broker.ingress": found["broker"]["ingress"],
@@ -154,6 +183,7 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
         raise UserError(f"app.path: {app.path} is not a folder; relative paths start at the file's")
     return Federation(
         **{**run, "quorum": quorum},
+        encryption=encryption,
         training=Training(**found["training"]),
         app=app,
         learners=learners,
@@ -161,6 +191,32 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
         live=endpoints["broker.live"],
         bulk=endpoints["controller.bulk"],
     )
+
+
+def _check_sums(encryption: Encryption, quorum: int, learners: int) -> None:
+    """Refuse what would let a round close whose sum the sites then refuse to decrypt."""
+    least, share = encryption.min_contributors, encryption.max_share
+    if learners == 1 and (least > 1 or share < 1):
+        raise UserError(
+            "federation.privacy: a sum over one learner hides nothing of what it sends; allowed is "
+            '"plain", or "ckks" with encryption.min_contributors = 1 and encryption.max_share = 1'
+        )
+    if least > learners:
+        raise UserError(
+            f"encryption.min_contributors: {least} is more than the {learners} learners listed; "
+            f"allowed is 1 to {learners}"
+        )
+    if quorum < least:
+        raise UserError(
+            f"federation.quorum: {quorum} is less than encryption.min_contributors, {least}: the "
+            f"sites would not decrypt what such a round gives; allowed is {least} to {learners}"
+        )
+    if share * quorum < 1:
+        raise UserError(
+            f"encryption.max_share: {share:g} cannot be kept by the {quorum} learners of a quorum: "
+            f"one of them has at least 1/{quorum}; allowed is "
+            f"{math.ceil(1e4 / quorum) / 1e4:g} to 1"
+        )
 
 
 def _integer(least: int, most: int) -> Check:
@@ -282,7 +338,16 @@ DOCUMENT = {
             "quorum": Key(_integer(1, 1000), None),  # None: all learners
             "lease_s": Key(_number(1, 86_400), 60.0),
             "seed": Key(_integer(0, 2**63 - 1), 0),
-            "privacy": Key(_choice("plain"), "plain"),
+            "privacy": Key(_choice("plain", "ckks"), "ckks"),
+        }
+    ),
+    "encryption": _section(
+        {
+            "profile": Key(_choice(*ckks.PROFILES), None),
+            "error": Key(_number(1e-12, 0.1), ckks.ERROR),
+            "min_contributors": Key(_integer(1, 1000), 2),
+            "max_share": Key(_number(0, 1), 0.95),
+            "verify": Key(_choice("none", "full"), "none"),
         }
     ),
     "training": _section(

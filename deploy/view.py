@@ -30,14 +30,20 @@ class LearnerView:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The run so far. `evaluated` holds the finished evaluations of the newest model."""
+    """The run so far. `evaluated` holds the finished evaluations of the newest model.
+
+    `stored` holds the bytes of the updates that have come in the round that is open, by learner;
+    `uploaded` those of the updates in the newest community model, all together.
+    """
 
     run_id: str
     rounds: int
     learners: Mapping[str, LearnerView]
     started: bool = False  # the log has come to this run; what it holds before is of others
     round: int = 0
+    stored: Mapping[str, int] = MappingProxyType({})
     closed: pb.RoundClosed | None = None
+    uploaded: int = 0
     evaluated: Mapping[str, Mapping[str, float]] = field(
         default_factory=lambda: MappingProxyType({})
     )
@@ -55,9 +61,9 @@ class View:
         if not self.started and not isinstance(message, (pb.LearnerJoined, pb.LearnerLeft)):
             return self
         if isinstance(message, pb.RoundOpened) and message.run_id == self.run_id:
-            return replace(self, round=message.round)
+            return replace(self, round=message.round, stored=MappingProxyType({}))
         if isinstance(message, pb.RoundClosed) and message.run_id == self.run_id:
-            return replace(self, closed=message, evaluated=MappingProxyType({}))
+            return self._after_close(message)
         if isinstance(message, pb.RunFinished) and message.run_id == self.run_id:
             return replace(self, finished=message)
         name = getattr(message, "learner", "")
@@ -67,8 +73,15 @@ class View:
         if isinstance(message, pb.TaskCompleted) and not message.update_digest:
             evaluated = {**self.evaluated, name: dict(message.metrics)}
             after = replace(self, evaluated=MappingProxyType(evaluated))
+        elif isinstance(message, pb.UpdateStored):
+            stored = {**self.stored, name: message.update_bytes}
+            after = replace(self, stored=MappingProxyType(stored))
         learner = _learner_after(self.learners[name], message)
         return replace(after, learners=MappingProxyType({**self.learners, name: learner}))
+
+    def _after_close(self, closed: pb.RoundClosed) -> View:
+        uploaded = sum(self.stored.get(one.learner, 0) for one in closed.counted)
+        return replace(self, closed=closed, uploaded=uploaded, evaluated=MappingProxyType({}))
 
 
 def _learner_after(learner: LearnerView, message: Message) -> LearnerView:
@@ -89,6 +102,8 @@ def _learner_after(learner: LearnerView, message: Message) -> LearnerView:
         return replace(learner, update_bytes=learner.update_bytes + message.update_bytes)
     if isinstance(message, pb.TaskCompleted):
         return replace(learner, state="done", fraction=1.0, metrics=dict(message.metrics))
+    if isinstance(message, pb.ScaleExceeded):
+        return replace(learner, state="waiting")
     if isinstance(message, pb.TaskFailed):
         return replace(learner, state="failed")
     if isinstance(message, pb.LeaseEnded):
@@ -106,6 +121,11 @@ def lines(before: View, message: Message) -> list[str]:
         return [f"{message.learner} has left: {message.reason}"]
     if isinstance(message, pb.TaskFailed):
         return [f"{message.learner} failed: {message.reason}"]
+    if isinstance(message, pb.ScaleExceeded):
+        return [
+            f"{message.learner} has values in {message.tensor} beyond the round's scale; the round "
+            "is opened again with a larger one"
+        ]
     if isinstance(message, pb.LeaseEnded):
         return [f"{message.learner} was silent for {message.silent_s:.0f} s"]
     over = isinstance(message, (pb.RoundOpened, pb.RunFinished)) and message.run_id == before.run_id

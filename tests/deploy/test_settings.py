@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from metisfl.deploy.settings import (
     FILE_BYTES_MAX,
     App,
+    Encryption,
     Federation,
     Learner,
     Training,
@@ -27,7 +28,14 @@ rounds = 20
 quorum = 2
 lease_s = 30
 seed = 1
-privacy = "plain"
+privacy = "ckks"
+
+[encryption]
+profile = "fine"
+error = 1e-7
+min_contributors = 2
+max_share = 0.5
+verify = "full"
 
 [training]
 epochs = 2
@@ -80,7 +88,8 @@ def test_a_full_file_is_read_as_written(folder: Path) -> None:
         quorum=2,
         lease_s=30.0,
         seed=1,
-        privacy="plain",
+        privacy="ckks",
+        encryption=Encryption("fine", error=1e-7, min_contributors=2, max_share=0.5, verify="full"),
         training=Training(epochs=2, batch_size=64, learning_rate=0.01),
         app=App(object="hearts.app:Hearts", path=folder.resolve() / "code"),
         learners=(
@@ -99,7 +108,8 @@ def test_a_short_file_gets_the_defaults(folder: Path) -> None:
     assert federation.quorum == 2, "by default all learners"
     assert federation.lease_s == 60.0
     assert federation.seed == 0
-    assert federation.privacy == "plain"
+    assert federation.privacy == "ckks", "nothing leaves in plain unless somebody says so"
+    assert federation.encryption == Encryption(None, 1e-6, 2, 0.95, "none")
     assert federation.training == Training(epochs=1, batch_size=32, learning_rate=None)
     assert federation.app.path == folder.resolve()
     assert {federation.ingress, federation.live, federation.bulk} == {"tcp://127.0.0.1:0"}
@@ -131,7 +141,25 @@ REFUSED = [
     ("lease_s = 30", "lease_s = inf", "a number from 1 to 86400"),
     ("lease_s = 30", "lease_s = true", "federation.lease_s: True cannot be"),
     ("seed = 1", "seed = 9223372036854775808", "federation.seed: 9223372036854775808 cannot be"),
-    ('"plain"', '"none"', "federation.privacy: 'none' cannot be; allowed is \"plain\""),
+    ('"ckks"', '"none"', 'federation.privacy: \'none\' cannot be; allowed is "plain" or "ckks"'),
+    (
+        '"ckks"',
+        '"plain"',
+        'encryption: not used where federation.privacy is "plain"; remove the table',
+    ),
+    ('"fine"', '"tiny"', "encryption.profile: 'tiny' cannot be; allowed is \"compact\" or "),
+    ("profile =", "profil =", "encryption.profil: no such key; did you mean 'profile'?"),
+    ("error = 1e-7", "error = 0", "encryption.error: 0 cannot be; allowed is a number from 1e-12 "),
+    (
+        "contributors = 2",
+        "contributors = 4",
+        "encryption.min_contributors: 4 is more than the 3 le",
+    ),
+    ("contributors = 2", "contributors = 3", "federation.quorum: 2 is less than encryption.min_co"),
+    ("contributors = 2", "contributors = 0", "encryption.min_contributors: 0 cannot be"),
+    ("max_share = 0.5", "max_share = 0.49", "0.49 cannot be kept by the 2 learners of a quorum"),
+    ("max_share = 0.5", "max_share = 1.1", "encryption.max_share: 1.1 cannot be; allowed is a num"),
+    ('"full"', '"some"', 'encryption.verify: \'some\' cannot be; allowed is "none" or "full"'),
     ("epochs = 2", "epochs = 1001", "training.epochs: 1001 cannot be"),
     ("epochs", "epoch", "training.epoch: no such key; did you mean 'epochs'?"),
     ("batch_size = 64", "batch_size = -1", "training.batch_size: -1 cannot be"),
@@ -169,6 +197,26 @@ def test_what_cannot_be_is_refused_by_its_key(
     text = str(refused.value)
     assert text.startswith(f"{folder / 'hearts.toml'}: ")
     assert complaint in text
+
+
+@pytest.mark.parametrize(
+    "encryption",
+    [
+        "",
+        "[encryption]\nmin_contributors = 1",
+        "[encryption]\nmin_contributors = 1\nmax_share = 0.9",
+    ],
+)
+def test_a_federation_of_one_is_encrypted_only_if_it_says_that_this_hides_nothing(
+    folder: Path, encryption: str
+) -> None:
+    alone = SHORT.replace(', { name = "b" }', "")
+    with pytest.raises(
+        UserError, match=r'federation.privacy: a sum over one .* allowed is "plain"'
+    ):
+        load(folder, f"{alone}{encryption}")
+    load(folder, alone.replace("rounds = 1", 'rounds = 1, privacy = "plain"'))
+    load(folder, f"{alone}[encryption]\nmin_contributors = 1\nmax_share = 1")
 
 
 @pytest.mark.parametrize("missing", ["federation", "app", "learners"])
@@ -211,7 +259,7 @@ def test_a_file_that_is_not_there_is_named(folder: Path) -> None:
 
 
 def test_a_file_in_another_encoding_names_the_line(folder: Path) -> None:
-    with pytest.raises(UserError, match="line 15 is not UTF-8"):
+    with pytest.raises(UserError, match="line 22 is not UTF-8"):
         load(folder, FULL.replace("Hearts", "Hérts").encode("latin-1"))
 
 
@@ -230,7 +278,14 @@ def load_or_refuse(folder: Path, content: bytes) -> None:
     assert 1 <= federation.rounds <= 100_000
     assert 1 <= federation.lease_s <= 86_400
     assert 0 <= federation.seed < 2**63
-    assert federation.privacy == "plain"
+    assert federation.privacy in ("plain", "ckks")
+    encryption = federation.encryption
+    if federation.privacy == "ckks":
+        assert 1 <= encryption.min_contributors <= federation.quorum
+        assert encryption.max_share * federation.quorum >= 1
+    assert encryption.profile in (None, "compact", "standard", "fine", "wide")
+    assert 1e-12 <= encryption.error <= 0.1
+    assert encryption.verify in ("none", "full")
     assert federation.app.path.is_dir()
 
 

@@ -73,6 +73,47 @@ def test_learners_are_shown_as_last_heard_of() -> None:
     assert (bob.state, bob.fraction, bob.update_bytes) == ("working", 0.5, 3000)
 
 
+def stored(learner: str, update_bytes: int) -> pb.UpdateStored:
+    return pb.UpdateStored(task_id="t", learner=learner, update_bytes=update_bytes)
+
+
+def test_what_a_round_uploaded_is_what_is_in_its_model() -> None:
+    """Not what came for an attempt that was opened again, nor from who did not count."""
+    counted = pb.RoundClosed(run_id="r", round=2, counted=[pb.Contribution(learner="ada")])
+    view, _ = seen(
+        pb.RoundOpened(run_id="r", round=1),
+        stored("ada", 100),
+        stored("bob", 10),
+        closed(1),
+    )
+    assert view.uploaded == 110
+    for message in (
+        pb.RoundOpened(run_id="r", round=2),
+        stored("ada", 100),
+        pb.RoundOpened(run_id="r", round=2, attempt=1),
+        stored("ada", 200),
+        stored("ada", 200),
+        stored("bob", 20),
+    ):
+        view = view.after(message)
+        if isinstance(message, pb.RoundOpened):
+            assert view.stored == {}, "what came before is of another round or attempt"
+        assert view.uploaded == 110, "the newest model is still that of round 1"
+    assert view.after(counted).uploaded == 200
+    assert view.learners["ada"].update_bytes == 600, "all that it sent in the run"
+
+
+def test_an_update_that_does_not_fit_is_told_with_its_tensor() -> None:
+    exceeded = pb.ScaleExceeded(task_id="t", learner="bob", tensor="norm/variance", exponents=[13])
+    opened = pb.RoundOpened(run_id="r", round=1)
+    view, printed = seen(opened, exceeded, pb.RoundOpened(run_id="r", round=1, attempt=1))
+    assert view.learners["bob"].state == "waiting"
+    assert printed == [
+        "bob has values in norm/variance beyond the round's scale; the round is opened again with "
+        "a larger one"
+    ]
+
+
 def test_another_run_and_strangers_change_nothing() -> None:
     other = pb.RoundClosed(run_id="another", round=9)
     end = pb.RunFinished(run_id="another")

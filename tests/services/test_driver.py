@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from driver_output import wait_for
 
 FOLDER = Path(__file__).parent
@@ -17,6 +18,7 @@ FEDERATION = f"""
 [federation]
 name = "trouble"
 rounds = 100000
+privacy = "plain"
 [app]
 object = "trouble:Site"
 path = "{FOLDER}"
@@ -78,6 +80,27 @@ def test_an_interrupted_run_ends_all_its_processes_and_says_where_its_files_are(
     assert daemons_in(tmp_path) == []
     for log in (tmp_path / "run" / "logs").iterdir():
         assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_a_run_that_is_interrupted_while_its_key_is_made_leaves_neither_key_nor_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "openfhe.py").write_text(
+        f"import threading\npipe = open({str(pipe)!r}, 'wb', 0)\npipe.write(b'here')\n"
+        "threading.Event().wait()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    driver = start(tmp_path, FEDERATION.replace('"plain"', '"ckks"'))
+    with pipe.open("rb", 0) as maker:
+        assert maker.read(4) == b"here"
+        driver.send_signal(signal.SIGINT)
+        _, rest = driver.communicate(timeout=30)
+        assert driver.returncode == 130, rest
+        assert maker.read() == b"", "the process that makes the key has ended"
+    assert not list((tmp_path / "run").rglob("*.ckks"))
+    assert not (tmp_path / "run" / "encryption").exists()
 
 
 def test_a_killed_driver_takes_its_processes_with_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 
 def federation(folder: Path, sites: dict[str, str], **settings: object) -> Federation:
     """A federation of the test application; `sites` gives each site's behaviour."""
-    values = {"rounds": 2, "quorum": len(sites), "lease_s": 30.0, **settings}
+    values = {"rounds": 2, "quorum": len(sites), "lease_s": 30.0, "privacy": '"plain"', **settings}
     text = ["[federation]", 'name = "trouble"', *(f"{k} = {v}" for k, v in values.items())]
     text += ["[app]", 'object = "trouble:Site"', f'path = "{Path(__file__).parent}"']
     for name, behaviour in sites.items():

@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metisfl.proto.model_file import open_model
+from metisfl.proto.tensors import is_encrypted
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EXAMPLE = ROOT / "deploy" / "examples" / "penguins"
 DAEMON = re.compile(r"metisfl-(broker|controller|learner) ")
 DEADLINE_S = 90.0
+SCORED = r"8 rounds in .* test accuracy (0\.9|1\.0)"
 
 
 def commands(section: str) -> list[str]:
@@ -119,22 +123,36 @@ class Shell:
         return [daemon.poll() for daemon in self._daemons]
 
 
+def daemons_and_driver(shell: Shell) -> tuple[list[str], list[str]]:
+    """The section's commands before the first daemon, and from there on, for all three sites."""
+    before: list[str] = []
+    after: list[str] = []
+    for command in commands("On different machines"):
+        (after if after or DAEMON.match(command) else before).append(command)
+        if command.startswith("metisfl-learner"):
+            for site in ("dream", "torgersen"):
+                after.append(command.replace("biscoe", site).replace("Biscoe", site.capitalize()))
+    return before, after
+
+
+def write_federation(shell: Shell, folder: Path, privacy: str) -> None:
+    federation = (EXAMPLE / "federation.toml").read_text()
+    assert 'privacy = "plain"' in federation
+    federation = federation.replace('privacy = "plain"', f'privacy = "{privacy}"')
+    where = "[broker]\ningress = 'tcp://BROKER:5570'\nlive = 'tcp://BROKER:5571'\n"
+    text = federation.replace('path = "."', f"path = '{EXAMPLE}'") + where
+    (folder / "penguins.toml").write_text(shell.here(text))
+
+
 def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
     shell: Shell, tmp_path: Path
 ) -> None:
-    federation = (EXAMPLE / "federation.toml").read_text()
-    where = "[broker]\ningress = 'tcp://BROKER:5570'\nlive = 'tcp://BROKER:5571'\n"
-    path = f"path = '{EXAMPLE}'"
-    (tmp_path / "penguins.toml").write_text(
-        shell.here(federation.replace('path = "."', path) + where)
-    )
+    write_federation(shell, tmp_path, "plain")
+    before, after = daemons_and_driver(shell)
     output = ""
-    for command in commands("On different machines"):
+    for command in before + after:
         output = shell.run(command)
-        if command.startswith("metisfl-learner"):
-            for site in ("dream", "torgersen"):
-                shell.run(command.replace("biscoe", site).replace("Biscoe", site.capitalize()))
-    assert re.search(r"8 rounds in .* test accuracy 0\.9|8 rounds in .* test accuracy 1\.0", output)
+    assert re.search(SCORED, output)
     for site in ("biscoe", "dream", "torgersen"):
         assert list((tmp_path / site / "final").rglob("model.keras")), f"{site} has no model"
     assert shell.codes() == [None] * 5, "daemons outlive a run"
@@ -144,3 +162,26 @@ def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
         len(list((tmp_path / site / "final").iterdir())) == 2 for site in ("dream", "biscoe")
     )
     assert "secret" not in "".join(commands("On different machines"))
+
+
+def test_the_same_federation_is_encrypted_as_the_readme_says(shell: Shell, tmp_path: Path) -> None:
+    write_federation(shell, tmp_path, "ckks")
+    before, after = daemons_and_driver(shell)
+    for command in before:
+        shell.run(command)
+    shown = ""
+    for command in commands("Encryption across machines"):
+        shown = shell.run(command)
+    fingerprint = re.search(r"fingerprint +(\w+)", shown)
+    assert fingerprint is not None, shown
+    assert fingerprint[1] in shell.run("metisfl keys show biscoe/keys")
+    secret = {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("*/keys/secret.ckks")}
+    assert secret == {"biscoe", "dream", "torgersen"}
+    for command in after:
+        output = shell.run(command)
+    assert re.search(SCORED, output)
+    for model in (tmp_path / "controller" / "models").glob("*.model"):
+        with open_model(model) as opened:
+            assert is_encrypted(opened.manifest)
+    for site in ("biscoe", "dream", "torgersen"):
+        assert list((tmp_path / site / "final").rglob("model.keras")), f"{site} has no model"

@@ -24,13 +24,21 @@ class Site:
 
     def open(self, source: str) -> None:
         self.trouble, _, number = source.partition(" ")
-        self.examples = int(number or 1)
+        self.count = int(number or 1)
         if self.trouble == "broken":
             raise FileNotFoundError("patients.csv")
 
+    def examples(self) -> int:
+        return self.count
+
     def initialise(self, seed: int) -> Sequence[Tensor]:
         values = VALUES + 1 if self.trouble == "shape" else VALUES
+        if self.trouble == "secret":  # weights that can be searched for
+            return [Tensor("w", self._luck(seed).normal(0, 0.1, values).astype(np.float32), True)]
         return [Tensor("w", np.zeros(values, np.float32), True)]
+
+    def _luck(self, seed: int) -> np.random.Generator:
+        return np.random.default_rng(seed)
 
     def train(self, tensors, hyperparameters, seed, progress, cancelled) -> TrainResult:  # type: ignore[no-untyped-def]
         (w,) = tensors
@@ -44,8 +52,10 @@ class Site:
         while self.trouble == "slow" and time.monotonic() < slow_until:
             progress(0.5, {})
             time.sleep(0.01)
-        value = np.nan if self.trouble == "nan" else np.float32(self.examples)
-        return TrainResult([Tensor("w", w.array + value, True)], self.examples, 1, {"loss": 0.5})
+        value = np.nan if self.trouble == "nan" else np.float32(self.count)
+        if self.trouble == "secret":
+            value = self._luck(seed).normal(0, 0.1, w.array.size).astype(np.float32)
+        return TrainResult([Tensor("w", w.array + value, True)], self.count, 1, {"loss": 0.5})
 
     def evaluate(self, tensors) -> EvaluateResult:  # type: ignore[no-untyped-def]
         (w,) = tensors
