@@ -3,6 +3,7 @@
 #
 #   PYTHON=/path/to/python3.10   take this interpreter (.venv made with another: `make clean` first)
 #   DEV=1                        with `setup`: rebuild the C library at import whenever it changed
+#   FUZZ_S=600                   with `check`: feed the fuzzer for so many seconds instead of 5
 #   ARGS=...                     more arguments for pytest, `metisfl demo` or `make lock`
 
 BIN      := .venv/bin
@@ -17,6 +18,11 @@ NEED_CC  := printf '\043include <stdio.h>\nint main(void) { return 0; }\n' | \
 	"$${CC:-cc}" -x c -o /dev/null - 2>/dev/null || \
 	{ echo 'a C compiler is missing: apt-get install build-essential' >&2; exit 2; }
 
+FUZZ_S   := 5
+NEED_FUZZER := echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
+	clang -x c -fsanitize=fuzzer -o /dev/null - 2>/dev/null || \
+	{ echo 'libFuzzer is missing: apt-get install clang' >&2; exit 2; }
+
 # An interpreter is never downloaded; certificates are the system's, as apt's are.
 export UV_PYTHON_DOWNLOADS := never
 export UV_SYSTEM_CERTS ?= 1
@@ -28,7 +34,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONUNBUFFERED PYTHONDONTWRITEBYTEC
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all check bench lock proto clean \
-	check-format check-types check-rules check-proto check-lock check-units check-c
+	check-format check-types check-rules check-proto check-lock check-units check-c check-fuzz
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,11 +50,12 @@ test: $(BUILT) $(LINKS) ## run all tests
 
 test-all: test ## the same, with the slow ones once there are any
 
-check: check-lock check-format check-types check-rules check-proto check-units check-c ## everything else that must hold before a commit
+check: check-lock check-format check-types check-rules check-proto check-units check-c check-fuzz ## everything else that must hold before a commit
 	@$(SAY) check 'all good'
 
 bench: $(BUILT) ## measure events, fold and rounds on this machine; one JSON document each
-	@for bench in events fold round; do $(BIN)/metisfl bench $$bench --json || exit; done
+	@for bench in events fold 'fold --scheme ckks --params 1000000 --peers' crypto round \
+		'round --privacy plain'; do $(BIN)/metisfl bench $$bench --json || exit; done
 
 lock: $(LOCKED) ## resolve pyproject.toml into deploy/requirements anew (ARGS=--upgrade: newest)
 	@$(SAY) lock 'resolving for Python 3.10 and 3.12'
@@ -139,3 +146,14 @@ check-c: $(BUILT)
 		cmake --build build/native && \
 		ctest --test-dir build/native --output-on-failure; } >build/native/log 2>&1 || \
 		{ cat build/native/log >&2; exit 1; }
+
+# The corpus stays in build/, so that a longer run goes on from what the shorter ones found.
+check-fuzz: $(BUILT)
+	@$(SAY) check 'blocks from a fuzzer, for $(FUZZ_S) s'
+	@$(NEED_FUZZER)
+	@mkdir -p build/fuzz/corpus && PATH="$$PWD/$(BIN):$$PATH" && export PATH && \
+		{ cmake -S native_c -B build/fuzz -G Ninja -DMETIS_FUZZ=ON -DCMAKE_C_COMPILER=clang && \
+		cmake --build build/fuzz && \
+		build/fuzz/fuzz_block -max_total_time=$(FUZZ_S) -max_len=1024 -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/ build/fuzz/corpus; } >build/fuzz/log 2>&1 || \
+		{ tail -n 100 build/fuzz/log >&2; exit 1; }
