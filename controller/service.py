@@ -42,7 +42,7 @@ from metisfl.controller.spool import Spool
 from metisfl.controller.state import Logged, Phase, Run, Status
 from metisfl.controller.store import ModelStore
 from metisfl.deploy import logs, run
-from metisfl.deploy.allocator import return_large_blocks
+from metisfl.deploy.allocator import return_freed_memory
 from metisfl.deploy.ckks_keys import load_public, refuse_secret_parts
 from metisfl.deploy.database import open_database, sole_process, transaction
 from metisfl.deploy.keys import load_identity, load_peers, load_servers
@@ -309,7 +309,7 @@ class Controller:
 
 async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
     """Run the controller until `stop`. Raises MetisError for whatever keeps it from its work."""
-    return_large_blocks()
+    return_freed_memory()
     home: Path = options.home
     identity = load_identity(home / "keys")
     if identity.principal != "controller":

@@ -25,32 +25,30 @@ void metis_sums_reduce(metis_sums *sums) {
   sums->units = 1;
 }
 
-/* Whether `units` more fit, after a reduction if need be. */
-static bool make_room(metis_sums *sums, uint64_t units) {
-  const uint64_t units_max = (uint64_t)1 << (64 - sums->modulus->bits);
-  if (units > units_max - sums->units) {
+static uint64_t units_max(const metis_sums *sums) {
+  return (uint64_t)1 << (64 - sums->modulus->bits);
+}
+
+/* Makes room for `units` more, below units_max, and counts them. */
+static void take_room(metis_sums *sums, uint64_t units) {
+  if (units > units_max(sums) - sums->units) {
     metis_sums_reduce(sums);
   }
-  return units <= units_max - sums->units;
+  sums->units += units;
 }
 
 typedef enum { ADD_LAZY, ADD_REDUCED, SUBTRACT_REDUCED } operation;
 
-/* How to add with this weight; there is room afterwards. */
-static operation prepare(metis_sums *sums, uint32_t weight) {
+static operation prepare_to_add(metis_sums *sums, uint32_t weight) {
+  const bool lazy = weight < units_max(sums);
   write_zeros(sums);
-  if (make_room(sums, weight)) {
-    sums->units += weight;
-    return ADD_LAZY;
-  }
-  sums->units += METIS_REDUCED_UNITS; /* the failed attempt has reduced the sums */
-  return ADD_REDUCED;
+  take_room(sums, lazy ? weight : METIS_REDUCED_UNITS);
+  return lazy ? ADD_LAZY : ADD_REDUCED;
 }
 
 static operation prepare_to_subtract(metis_sums *sums) {
   write_zeros(sums);
-  make_room(sums, METIS_REDUCED_UNITS);
-  sums->units += METIS_REDUCED_UNITS;
+  take_room(sums, METIS_REDUCED_UNITS);
   return SUBTRACT_REDUCED;
 }
 
@@ -101,15 +99,16 @@ void metis_sums_add_packed(metis_sums *sums, const uint8_t *const *packed, const
   for (size_t b = 0; b < blocks; b++) {
     units += weights[b];
   }
-  if (make_room(sums, units)) {
-    sums->kernels->add_packed(sums->values, sums->units == 0, packed, weights, crcs, blocks,
-                              sums->count, bits);
-    sums->units += units;
+  if (units < units_max(sums)) {
+    const bool fresh = sums->units == 0;
+    take_room(sums, units);
+    sums->kernels->add_packed(sums->values, fresh, packed, weights, crcs, blocks, sums->count,
+                              bits);
     return;
   }
   for (size_t b = 0; b < blocks; b++) {
     crcs[b] = sums->kernels->crc32c(crcs[b], packed[b], sums->count / 8 * bits);
-    apply_packed(sums, prepare(sums, weights[b]), packed[b], weights[b]);
+    apply_packed(sums, prepare_to_add(sums, weights[b]), packed[b], weights[b]);
   }
 }
 
@@ -118,7 +117,7 @@ void metis_sums_subtract_packed(metis_sums *sums, const uint8_t *packed, uint32_
 }
 
 void metis_sums_add_seed(metis_sums *sums, const uint8_t *seed, uint32_t weight) {
-  apply_seed(sums, prepare(sums, weight), seed, weight);
+  apply_seed(sums, prepare_to_add(sums, weight), seed, weight);
 }
 
 void metis_sums_subtract_seed(metis_sums *sums, const uint8_t *seed, uint32_t weight) {

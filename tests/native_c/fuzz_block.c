@@ -99,6 +99,19 @@ static void check_sums(setting *s, const char *when) {
   free(now);
 }
 
+/* What is given, from behind the header on; then seeds, no two the same, and one byte for the rest.
+ */
+static void fill(uint8_t *payload, size_t bytes, size_t seeds, const uint8_t *data, size_t size) {
+  memset(payload, size > 0 ? data[size - 1] : 0, bytes);
+  for (size_t i = 0; i < seeds && (i + 1) * METIS_SEED_ENTRY_BYTES <= bytes; i++) {
+    memset(payload + i * METIS_SEED_ENTRY_BYTES, (int)i + 100, METIS_SEED_ENTRY_BYTES);
+  }
+  if (size > METIS_BLOCK_HEADER_BYTES) {
+    const size_t given = size - METIS_BLOCK_HEADER_BYTES;
+    memcpy(payload, data + METIS_BLOCK_HEADER_BYTES, given < bytes ? given : bytes);
+  }
+}
+
 /* To its exact size, so that a sanitizer sees one byte too far; the caller frees it. */
 static uint8_t *make_block(const setting *s, unsigned how, const uint8_t *data, size_t size,
                            size_t *bytes) {
@@ -108,6 +121,9 @@ static uint8_t *make_block(const setting *s, unsigned how, const uint8_t *data, 
     memcpy(block, data, size);
     return block;
   }
+  const int too_long = size > 0 ? (int8_t)data[0] : 0;
+  data += size > 0;
+  size -= size > 0;
   uint8_t header[METIS_BLOCK_HEADER_BYTES] = {0};
   uint8_t errors[METIS_BLOCK_HEADER_BYTES - 52] = {0}; /* in lengths and checksums */
   memcpy(header, data, size < sizeof header ? size : sizeof header);
@@ -124,20 +140,14 @@ static uint8_t *make_block(const setting *s, unsigned how, const uint8_t *data, 
     header[50] = (uint8_t)seeds;
     header[51] = 0;
   }
-  *bytes = metis_block_bytes(&s->context, s->range.ciphertexts, header[7] % 4, seeds);
+  const size_t right = metis_block_bytes(&s->context, s->range.ciphertexts, header[7] % 4, seeds);
+  *bytes = too_long < 0 && right < sizeof header + 128 ? right : right + (size_t)too_long;
   uint8_t *const block = allocate(*bytes);
-  const size_t payload_bytes = *bytes - sizeof header;
   uint8_t *const payload = block + sizeof header;
-  memset(payload, size > 0 ? data[size - 1] : 0, payload_bytes);
-  for (size_t i = 0; i < seeds; i++) { /* no two the same, unless they are given so */
-    memset(payload + i * METIS_SEED_ENTRY_BYTES, (int)i + 100, METIS_SEED_ENTRY_BYTES);
-  }
-  if (size > sizeof header) {
-    const size_t given = size - sizeof header;
-    memcpy(payload, data + sizeof header, given < payload_bytes ? given : payload_bytes);
-  }
+  const size_t payload_bytes = *bytes - sizeof header;
+  fill(payload, payload_bytes, seeds, data, size);
   metis_crc32c_fn *const crc32c = metis_pick_kernels()->crc32c;
-  metis_store_u32(header + 52, (uint32_t)payload_bytes);
+  metis_store_u32(header + 52, (uint32_t)(right - sizeof header));
   metis_store_u32(header + 56, crc32c(0, payload, payload_bytes));
   for (size_t i = 0; i < 8; i++) {
     header[52 + i] ^= errors[i];
