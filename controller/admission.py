@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Final
 
 from metisfl.controller.store import ModelStore
 from metisfl.proto.bulk import Code, Open
 from metisfl.proto.errors import PeerError
 from metisfl.proto.model_pb2 import Encryption, Manifest
 from metisfl.proto.tensors import (
+    MANIFEST_BYTES_MAX,
     compare_manifests,
     encrypted_manifest,
     float_specs,
@@ -26,6 +28,7 @@ from metisfl.proto.tensors import (
 
 __all__ = ["Admission", "Expected", "Refusal"]
 
+SHARE_BYTES: Final = 128  # a name of 63, a weight, a digest of 32, and their frames
 _parsed = lru_cache(maxsize=8)(parse_manifest)  # one model, many learners
 
 
@@ -43,6 +46,8 @@ class Expected:
     """The digest of the update that is known to be stored already, if there is one."""
     encryption: Encryption | None = None
     """How the update must be encrypted (without exponents: they are all 0); None: it is plain."""
+    learners: int = 0
+    """How many may be in the sum, whose manifest names each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,14 @@ class Admission:
                 raise PeerError(difference)
         if difference := _other_form(manifest, expected.encryption):
             raise PeerError(difference)
+        if expected.encryption is not None:
+            sum_bytes = len(frame.manifest) + expected.learners * SHARE_BYTES
+            if sum_bytes > MANIFEST_BYTES_MAX:
+                raise PeerError(
+                    f"the manifest has {len(frame.manifest)} bytes; with {expected.learners} "
+                    f"learners that of a sum has {sum_bytes}, at most {MANIFEST_BYTES_MAX}: use "
+                    "shorter tensor names or fewer tensors"
+                )
         wanted = _update_manifest(model, expected.encryption)
         if serialise_manifest(wanted) != frame.manifest:
             raise PeerError("the update's manifest is not that of an update of this model")

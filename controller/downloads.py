@@ -33,7 +33,8 @@ DOWNLOADS_PER_PEER: Final = 8
 ABANDONED_S: Final = 120.0
 CHUNKS_PER_TURN: Final = 16
 BUSY_RETRY_S: Final = 0.01
-READERS: Final = ("learner:", "driver:")
+SITES: Final = "learner:"
+READERS: Final = (SITES, "driver:")
 log = structlog.get_logger()
 
 Key = tuple[bytes, bytes]
@@ -140,7 +141,7 @@ class Downloads:
             self._forget(key)
 
     def _begin(self, frame: Get, principal: str, route: bytes, now: float) -> _Download | None:
-        update = self.updates.get(frame.digest)
+        update = self.updates.get(frame.digest) if principal.startswith(SITES) else None
         if update is None and not self._store.contains(frame.digest):
             reason = f"no model {frame.digest.hex()} here: it never was, or is no longer kept"
             self._refuse(route, frame.subject, Code.UNKNOWN_MODEL, reason)

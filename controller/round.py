@@ -121,8 +121,9 @@ def _opens_again(run: Run, opened: pb.RoundOpened) -> bool:
     """Whether the open round may be opened anew: for larger exponents, or in vain so far."""
     if opened.round != run.round or not all(task.settled for task in run.tasks.values()):
         return False
-    if any(task.status is Status.EXCEEDED for task in run.tasks.values()):
-        return opened.attempt == run.attempt + 1
+    if opened.attempt:
+        exceeded = any(task.status is Status.EXCEEDED for task in run.tasks.values())
+        return exceeded and opened.attempt == run.attempt + 1
     return run.round == 0 and not any(task.counts for task in run.tasks.values())
 
 
@@ -168,7 +169,7 @@ def _task_completed(run: Run, event: Logged) -> tuple[Run, str]:
         task,
         status=Status.COMPLETED,
         completion=done,
-        exponents=tuple(done.exponents),
+        exponents=tuple(done.exponents) if run.terms else (),
         settled_ns=event.at_ns,
     )
     return _put(run, _check_digest(completed)), ""
@@ -180,8 +181,9 @@ def _misfit(run: Run, task: Task, done: pb.TaskCompleted) -> str:
         return f"reports {len(done.exponents)} exponents; the model has {known}"
     if task.kind == pb.INITIALISE:
         return ""
-    counted = [t.completion.examples for t in run.tasks.values() if t.completion is not None]
-    total = sum([*counted, done.examples]) / run.reference_weight
+    others = [t.completion for t in run.tasks.values() if t.status is Status.COMPLETED]
+    examples = sum(other.examples for other in others if other is not None)
+    total = (examples + done.examples) / run.reference_weight
     assert run.terms is not None
     if not weights_fit(total, run.terms.weight_sum_max):
         return (
@@ -209,6 +211,9 @@ def _scale_exceeded(run: Run, event: Logged) -> tuple[Run, str]:
     known = run.exponents or (0,) * (_tensors(run) or len(needed))
     if run.terms is None or task.kind == pb.EVALUATE:
         why = "reports that a scale was exceeded where there is none"
+    elif run.plan is None or run.attempt >= len(run.plan.learners):
+        # An honest site exceeds at most once in a round: the next attempt has its exponents.
+        why = "does not fit, though the round was opened again as often as there are learners"
     elif len(needed) != len(known) or all(n <= k for n, k in zip(needed, known, strict=True)):
         why = "reports that its update does not fit, and exponents in which it does"
     if why:

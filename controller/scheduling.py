@@ -13,7 +13,6 @@ who have an update.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,6 +25,7 @@ from metisfl.controller.plan import largest, reference_weight
 from metisfl.controller.state import Phase, Run, Status, Task, present
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
+from metisfl.proto.ckks import check_shares
 from metisfl.proto.events import PAYLOAD_BYTES_MAX, REASON_CHARACTERS_MAX
 
 __all__ = [
@@ -149,23 +149,22 @@ def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
 
 def _dominated(run: Run, counted: tuple[Contribution, ...]) -> str:
     """Why the sites would not open the sum: one of them is nearly all of it; "" if they will."""
-    heaviest = max(counted, key=lambda one: one.weight)
-    share = heaviest.weight / math.fsum(one.weight for one in counted)
-    if run.terms is None or share <= run.terms.max_share:
+    if run.terms is None:
         return ""
-    return (
-        f"the update of {heaviest.learner} is {share:.1%} of round {run.round}; the key's policy "
-        f"allows {run.terms.max_share:.1%} (max_share of `metisfl keys new`)"
-    )
+    shares = [(one.learner, one.weight / run.reference_weight) for one in counted]
+    why = check_shares(shares, run.terms.min_contributors, run.terms.max_share)
+    return f"round {run.round}: {why}" if why else ""
 
 
 def _opened_again(run: Run, plan: pb.RunStarted) -> Publish | None:
     """The open round with larger exponents, if an update did not fit; None if all did."""
     if not any(task.status is Status.EXCEEDED for task in run.tasks.values()):
         return None
-    able = {t.learner for t in run.tasks.values() if t.counts or t.status is Status.EXCEEDED}
+    waiting = {t.learner for t in run.tasks.values() if t.status is Status.EXCEEDED}
+    able = waiting | {t.learner for t in run.tasks.values() if t.counts}
     invited = [name for name in present(run, plan) if name in able]
-    if not invited:
+    # Not in vain: for someone who is still here, and only if there will be enough of them.
+    if waiting.isdisjoint(invited) or (run.round > 0 and len(invited) < plan.quorum):
         return None
     exponents = largest([run.exponents, *(task.exponents for task in run.tasks.values())])
     return _open_round(run, plan, run.round, invited, run.attempt + 1, exponents)

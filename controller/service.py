@@ -238,6 +238,7 @@ class Controller:
                     federation=run_digest,
                     stored_digest=task.stored_digest,
                     encryption=form,
+                    learners=len(plan.learners),
                 )
                 for task in self._run.tasks.values()
                 if task.status in (Status.INVITED, Status.ASSIGNED, Status.COMPLETED)

@@ -36,6 +36,7 @@ __all__ = [
 
 PUBLIC_FILE: Final = "public.ckks"
 SECRET_FILE: Final = "secret.ckks"
+CONFIGURATION: Final = "/etc/metisfl"
 MAGIC_BYTES: Final = 8
 
 
@@ -123,11 +124,12 @@ def write_secret(folder: Path, secret: SecretPart) -> None:
 def refuse_secret_parts(who: str, folders: Iterable[Path]) -> None:
     """Raise UserError if a file in these folders is a secret part, sealed or not.
 
-    systemd's credentials are looked at, too. Of each file only the first bytes are read. What this
-    user may not read is passed by: it could not be used here.
+    The configuration of this machine and systemd's credentials are looked at, too. Of each file
+    only the first bytes are read. What this user may not read is passed by: it could not be used
+    here.
     """
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    for folder in [*folders, *([Path(credentials)] if credentials else [])]:
+    others = [CONFIGURATION, os.environ.get("CREDENTIALS_DIRECTORY")]
+    for folder in [*folders, *(Path(other) for other in others if other)]:
         for path in _files(folder):
             if is_secret(_beginning(path)):
                 raise UserError(

@@ -33,6 +33,7 @@ class Home:
         self.verification = folder / "verification"
         for each in (self._models, self._outbox, self._trained, self._final):
             each.mkdir(parents=True, exist_ok=True)
+            each.chmod(0o700)  # plain weights lie here, and nobody else on the machine needs them
 
     def model_path(self, digest: bytes) -> Path:
         """The community model as the controller sends it."""

@@ -284,11 +284,11 @@ class _Sums:
             raise PeerError(
                 f"block {index} of the model is not as its manifest says: {error}"
             ) from None
-        largest = float(np.abs(values).max())
-        if not largest <= self._most:
+        if not float(np.abs(values).max()) <= self._most:
+            # Not by how much: the controller reads this, and must not learn what was decrypted.
             raise PeerError(
-                f"the model holds a sum of {largest:.6g}; with its weights it is at most "
-                f"{self._most:.6g}: it was not folded from what the sites encrypted"
+                f"block {index} of the model holds a sum beyond {self._most:.6g}, the most that "
+                "its weights allow: it was not folded from what the sites encrypted"
             )
         self._progress((index + 1) / self._count)
         return values.reshape(-1)

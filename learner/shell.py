@@ -256,7 +256,7 @@ class Learner:
             if not await asyncio.to_thread(is_intact, path, trained.trained_digest):
                 self._handle([t.Lost(task.task_id)])
                 return
-        if not await self._is_the_fold(task):
+        if trained is None and not await self._is_the_fold(task):
             return
         self._working = task.task_id
         try:

@@ -20,7 +20,7 @@ from metisfl.native_c.ckks import BlockError, Context, fold_payloads
 from metisfl.proto import ckks
 from metisfl.proto.chunk import exponents_of
 from metisfl.proto.ckks_key import PublicPart
-from metisfl.proto.errors import PeerError
+from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.model_file import ModelFile, content_hash, open_model
 from metisfl.proto.model_pb2 import Encryption
 from metisfl.proto.tensors import encrypted_manifest, encrypted_values, is_encrypted
@@ -49,11 +49,15 @@ async def verify(
     """Check that the model at `path`, whose digest (32 bytes) this is, is the fold of its updates.
 
     `folder` is made for the updates, which are as large as the model, and is gone afterwards.
-    Raises NotTheFold, DownloadRefused for an update that the controller does not give, MachineError
-    for a full disk.
+    Raises NotTheFold (also for a model that is gone or damaged here), DownloadRefused for an update
+    that the controller does not give, MachineError for a full disk.
     """
     context = Context(public.fingerprint, public.limb_bits, public.ring_dimension, public.modulus)
-    with open_model(path) as model:
+    try:
+        opened = open_model(path)
+    except (FileNotFoundError, MachineError) as error:
+        raise NotTheFold(f"the model is gone or damaged here: {error}") from None
+    with opened as model:
         if not is_encrypted(model.manifest):
             raise NotTheFold("the model is plain, in a federation that is encrypted")
         shares = model.manifest.encryption.shares
@@ -135,8 +139,7 @@ def _check_form(model: ModelFile, update: ModelFile) -> None:
     form = Encryption()
     form.CopyFrom(model.manifest.encryption)
     form.ClearField("shares")
-    form.polynomials = update.manifest.encryption.polynomials
-    form.seeds = update.manifest.encryption.seeds
+    form.polynomials = form.seeds = 1  # as sites seal: what has two can be made without a key
     if encrypted_manifest(model.manifest, form) != update.manifest:
         raise NotTheFold(
             f"what the controller gave as the update of {update.path.stem} has other tensors, "

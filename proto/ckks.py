@@ -249,7 +249,7 @@ def check_shares(
         )
     total = math.fsum(weight for _, weight in shares)
     name, weight = max(shares, key=lambda share: share[1])
-    if weight > max_share * total:
+    if not weight <= max_share * total * (1 + WEIGHT_ROUNDING):  # NaN is refused, too
         return (
             f"{name} is {weight / total:.1%} of it; this key's sites open no model of which one "
             f"site is more than {max_share:.1%}"

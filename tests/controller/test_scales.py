@@ -105,6 +105,63 @@ def test_the_initial_model_may_need_larger_exponents_too() -> None:
     assert (world.run.round, world.run.exponents) == (1, (0, 12))
 
 
+def test_a_site_that_leaves_with_its_model_does_not_keep_the_next_from_building_one() -> None:
+    world = World(Run("f", TERMS))
+    world.start(secret_plan())
+    world.under_way.clear()
+    exceed(world, "r1.0.initialise.ada", 0, 12)
+    world.under_way.clear()  # what was decided is not done before ada is gone
+    world.log_event(pb.LearnerLeft(learner="ada", reason="reboot"), "learner:ada")
+    for _ in range(10):
+        world.perform_all()
+    assert list(world.run.tasks) == ["r1.0.initialise.bob"]
+
+
+def test_no_site_can_open_a_round_again_for_ever() -> None:
+    world = begun()
+    for attempt in range(10):
+        again = f"again{attempt}." if attempt else ""
+        if f"r1.1.train.{again}bob" not in world.run.tasks:
+            break
+        for name in ("ada", "cyd"):
+            world.complete(f"r1.1.train.{again}{name}", DECLARED[name], exponents=(2, 3))
+        exceed(world, f"r1.1.train.{again}bob", 4 + attempt, 3)
+        world.perform_all()
+    closed = counted(world.log)[-1]
+    assert [c.learner for c in closed.counted] == ["ada", "cyd"]
+    assert "as often as there are learners" in closed.missing[0].reason
+
+
+def test_a_round_is_not_opened_again_for_someone_who_is_gone() -> None:
+    world = begun()
+    for name in ("ada", "cyd"):
+        world.complete(f"r1.1.train.{name}", DECLARED[name], exponents=(2, 3))
+    exceed(world, "r1.1.train.bob", 9, 3)
+    world.under_way.clear()
+    world.log_event(pb.LearnerLeft(learner="bob", reason="reboot"), "learner:bob")
+    world.perform_all()
+    assert [c.learner for c in counted(world.log)[-1].counted] == ["ada", "cyd"]
+
+
+def test_an_update_that_does_not_count_does_not_weigh() -> None:
+    world = begun(terms=Terms(weight_sum_max=3, max_share=1.0))
+    world.complete("r1.1.train.ada", 20, digest=bytes(32), exponents=(2, 3))  # not what was stored
+    world.complete("r1.1.train.bob", 25, exponents=(2, 3))
+    world.complete("r1.1.train.cyd", 30, exponents=(2, 3))
+    assert world.run.tasks["r1.1.train.cyd"].counts
+
+
+def test_in_a_plain_run_exponents_are_nobodys_business() -> None:
+    world = World()
+    world.start(plan())
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    for number, name in enumerate(LEARNERS):
+        world.complete(f"r1.1.train.{name}", exponents=[1] * number)
+    world.perform_all()
+    assert counted(world.log)[-1].round == 1
+
+
 @pytest.mark.parametrize(
     ("exponents", "why"),
     [((2, 3), "in which it does"), ((9,), "in which it does"), ((9, 9, 9), "in which it does")],
@@ -166,7 +223,7 @@ def test_a_round_that_is_nearly_one_site_alone_is_not_folded() -> None:
     assert not any(isinstance(effect, Fold) for effect in world.under_way.values())
     world.perform_all()
     assert world.run.finished is not None
-    assert "ada is 98.0% of round 1; the key's policy allows 90.0%" in world.run.finished.reason
+    assert "round 1: ada is 98.0% of it" in world.run.finished.reason
 
 
 def test_an_update_that_cannot_be_folded_is_left_out_and_named() -> None:

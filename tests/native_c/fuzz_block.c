@@ -1,6 +1,7 @@
-/* Invariant tested: whatever bytes come as a block, they are absorbed or refused with a fault that
- * metis.h names, and nothing is read outside of them. A refused block leaves no trace in the sum or
- * in an output; an absorbed one can be retracted without a trace, and opened into limbs below q.
+/* Invariant tested: whatever bytes come as a block, they are taken if they are one by the words of
+ * metis.h, else refused with a fault that it names, and nothing is read outside of them. A refused
+ * block leaves no trace in the sum or in an output; an absorbed one can be retracted without a
+ * trace, and opened into limbs below q.
  *
  * The first byte of an input says how the rest becomes a block. In half of the cases its lengths
  * and both checksums are repaired, since no fuzzer guesses a checksum. */
@@ -92,6 +93,33 @@ static bool same_bytes(const uint8_t *a, const uint8_t *b, size_t count) {
   return differing == 0;
 }
 
+/* A second reading of metis.h, to hold against the library's. */
+static bool is_block(const setting *s, const uint8_t *block, size_t bytes) {
+  if (bytes < METIS_BLOCK_HEADER_BYTES || !same_bytes(block, s->good[0], 7) ||
+      !same_bytes(block + 8, s->good[0] + 8, 42) || (block[7] != 1 && block[7] != 2)) {
+    return false;
+  }
+  const size_t seeds = (size_t)block[50] + 256 * (size_t)block[51];
+  const size_t payload_bytes = seeds * 20 + RING / 8 * s->context.limb_bits * block[7];
+  if (bytes != 64 + payload_bytes || metis_load_u32(block + 52) != payload_bytes ||
+      (block[7] == 1 ? seeds < 1 || seeds > 1024 : seeds != 0) ||
+      metis_load_u32(block + 56) != metis_crc32c_portable(0, block + 64, payload_bytes) ||
+      metis_load_u32(block + 60) != metis_crc32c_portable(0, block, 60)) {
+    return false;
+  }
+  for (const uint8_t *a = block + 64; a < block + 64 + 20 * seeds; a += 20) {
+    for (const uint8_t *b = block + 64; b < a; b += 20) {
+      if (same_bytes(a, b, 16)) {
+        return false;
+      }
+    }
+    if (metis_load_u32(a + 16) == 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
 static void check_sums(setting *s, const char *when) {
   size_t bytes = 0;
   uint8_t *const now = finalised(s, &bytes);
@@ -148,7 +176,8 @@ static uint8_t *make_block(const setting *s, unsigned how, const uint8_t *data, 
   fill(payload, payload_bytes, seeds, data, size);
   metis_crc32c_fn *const crc32c = metis_pick_kernels()->crc32c;
   metis_store_u32(header + 52, (uint32_t)(right - sizeof header));
-  metis_store_u32(header + 56, crc32c(0, payload, payload_bytes));
+  const size_t summed = *bytes < right ? payload_bytes : right - sizeof header;
+  metis_store_u32(header + 56, crc32c(0, payload, summed));
   for (size_t i = 0; i < 8; i++) {
     header[52 + i] ^= errors[i];
   }
@@ -173,6 +202,7 @@ static void absorb(setting *s, unsigned how, const uint8_t *block, size_t bytes)
   weights[place] = weight;
   const metis_status status = metis_ckks_fold_absorb_many(s->fold, blocks, sizes, weights, count);
   if (status == METIS_OK) {
+    CHECK(is_block(s, block, bytes), "absorbed what is no block");
     for (size_t i = 0; i < count; i++) {
       must(metis_ckks_fold_retract(s->fold, blocks[i], sizes[i], weights[i]));
     }
@@ -197,6 +227,8 @@ static void open_it(setting *s, const uint8_t *block, size_t bytes) {
   memset(s->limbs, UNTOUCHED, sizeof s->limbs);
   const metis_status status =
       metis_ckks_open_block(&s->context, &range, block, bytes, s->limbs, s->limbs + RING, RING);
+  CHECK((status == METIS_OK) == is_block(s, block, bytes), "status %d: %s", (int)status,
+        metis_error_text());
   if (status == METIS_OK) {
     const size_t first = metis_first_not_below(s->limbs, 2 * RING, s->context.modulus);
     CHECK(first == 2 * RING, "limb %zu", first);
