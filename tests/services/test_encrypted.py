@@ -181,7 +181,10 @@ def test_the_controller_holds_no_key_no_openfhe_and_no_weight(tmp_path: Path) ->
         driver = daemons.run(rounds=1000)
         wait_for(driver, "round 2 of")
         os.mkfifo(daemons.pause)
-        daemons.pause.open().close()  # bob trains: models and updates have been here
+        daemons.pause.open().close()  # bob trains, and keeps the round open
+        said = (daemons.homes.logs / "controller.log").read_text().splitlines()
+        closed = [line for line in map(json.loads, said) if line["event"] == "round closed"]
+        wait_for_log(daemons, "ada", "trained", closed[-1]["round"] + 1)
         pids = {name: daemons.running[name].pid for name in ("controller", "broker", "bob")}
         sites = [daemons.homes.learners[name] for name in daemons.sites]
         patterns = weights_at(sites)
@@ -242,14 +245,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for path in lists for child in path.read_text().split()]
 
 
-def wait_for_log(daemons: Daemons, name: str, event: str) -> None:
+def wait_for_log(daemons: Daemons, name: str, event: str, number: int | None = None) -> None:
+    """Until a daemon has logged this, of round `number` if that is given."""
     path = daemons.homes.logs / f"{name}.log"
     command = ["tail", "-n", "+1", "-f", f"--pid={daemons.running[name].pid}", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
         assert tail.stdout is not None
         try:
-            for line in tail.stdout:
-                if f'"event": "{event}"' in line:
+            for line in map(json.loads, tail.stdout):
+                if line["event"] == event and number in (None, line.get("round")):
                     return
         finally:
             tail.kill()
