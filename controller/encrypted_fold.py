@@ -30,7 +30,6 @@ __all__ = [
     "context_of",
     "fold_encrypted",
     "terms_of",
-    "update_form",
 ]
 
 
@@ -65,18 +64,6 @@ def terms_of(public: PublicPart | None) -> Terms | None:
     if public is None:
         return None
     return Terms(public.max_learners, public.min_contributors, public.max_share)
-
-
-def update_form(public: PublicPart, exponents: Sequence[int]) -> Encryption:
-    """How an update must be encrypted: in the seeded form, with the round's exponents."""
-    return Encryption(
-        fingerprint=public.fingerprint,
-        limb_bits=public.limb_bits,
-        ring_dimension=public.ring_dimension,
-        polynomials=1,
-        seeds=1,
-        exponents=exponents,
-    )
 
 
 def fold_encrypted(updates: Sequence[EncryptedUpdate], context: Context, target: Path) -> bytes:

@@ -24,7 +24,7 @@ import structlog
 from metisfl import __version__
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox, Record
 from metisfl.controller.bulk import BulkEndpoint, Expected
-from metisfl.controller.encrypted_fold import UnusableUpdate, context_of, terms_of, update_form
+from metisfl.controller.encrypted_fold import UnusableUpdate, context_of, terms_of
 from metisfl.controller.folding import fold_round
 from metisfl.controller.lease import Leases
 from metisfl.controller.record import record_of
@@ -229,7 +229,7 @@ class Controller:
             self._bulk.expect({})
             return
         run_digest = federation_digest(self._federation, plan.run_id)
-        form = update_form(self._public, self._run.exponents) if self._public else None
+        form = self._public.update_form(self._run.exponents) if self._public else None
         self._bulk.expect(
             {
                 task.task_id: Expected(

@@ -28,7 +28,7 @@ from metisfl.proto import ckks
 from metisfl.proto.chunk import chunk_count, chunk_extent, exponents_of
 from metisfl.proto.errors import MachineError, PeerError, UserError
 from metisfl.proto.model_file import ModelFile, ModelWriter
-from metisfl.proto.model_pb2 import Encryption, Manifest
+from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import (
     FLOATS,
     ITEM_BYTES,
@@ -97,14 +97,7 @@ def seal(
             return Exceeded(tensor.name, needed)
     manifest = encrypted_manifest(
         manifest_of(tensors),
-        Encryption(
-            fingerprint=crypto.public.fingerprint,
-            limb_bits=crypto.public.limb_bits,
-            ring_dimension=crypto.public.ring_dimension,
-            polynomials=1,
-            seeds=1,
-            exponents=exponents,
-        ),
+        crypto.public.update_form(exponents),
     )
     values = encrypted_values(manifest)
     count, digest = chunk_count(manifest), exponents_of(manifest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import msgpack
 
 from metisfl.proto import ckks
 from metisfl.proto.errors import PeerError
+from metisfl.proto.model_pb2 import Encryption
 
 __all__ = [
     "FILE_BYTES_MAX",
@@ -61,6 +62,17 @@ class PublicPart:
     def fingerprint(self) -> bytes:
         """16 bytes."""
         return hashlib.sha256(_packed(asdict(self))).digest()[:16]
+
+    def update_form(self, exponents: Sequence[int]) -> Encryption:
+        """How a site encrypts an update, and what a controller admits: seeded, these exponents."""
+        return Encryption(
+            fingerprint=self.fingerprint,
+            limb_bits=self.limb_bits,
+            ring_dimension=self.ring_dimension,
+            polynomials=1,
+            seeds=1,
+            exponents=exponents,
+        )
 
     def pack(self) -> bytes:
         """The content of public.ckks."""

@@ -12,7 +12,6 @@ from example_key import PUBLIC, public_part
 from random_updates import EXPONENTS, TENSORS, update_manifest, write_community
 
 from metisfl.controller.admission import Admission, Expected
-from metisfl.controller.encrypted_fold import update_form
 from metisfl.controller.store import ModelStore
 from metisfl.proto.bulk import Open
 from metisfl.proto.chunk import federation_digest
@@ -22,7 +21,7 @@ from metisfl.proto.model_pb2 import Encryption, Manifest, Share
 from metisfl.proto.tensors import encrypted_manifest, manifest_of, serialise_manifest
 
 FEDERATION = federation_digest("demo", "run-1")
-FORM = update_form(PUBLIC, EXPONENTS)
+FORM = PUBLIC.update_form(EXPONENTS)
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_an_update_with_other_exponents_than_the_rounds_is_refused(
     words: str,
 ) -> None:
     """Its values would be off by a power of two in the sum, and nobody could tell."""
-    form = update_form(PUBLIC, the_rounds)
+    form = PUBLIC.update_form(the_rounds)
     admission.expect({"t": replace(expected, encryption=form)})
     with pytest.raises(PeerError, match=words):
         admission.manifest(an_open(update_manifest(exponents=found)))
@@ -136,7 +135,7 @@ def test_the_initial_model_may_be_of_any_tensors(
     admission: Admission, expected: Expected, exponents: tuple[int, ...]
 ) -> None:
     """At first with exponents of 0; once it did not fit, with those that it needs."""
-    form = update_form(PUBLIC, exponents if any(exponents) else ())
+    form = PUBLIC.update_form(exponents if any(exponents) else ())
     admission.expect({"t": replace(expected, model_digest=None, encryption=form)})
     manifest = update_manifest(tensors=TENSORS[:2], exponents=exponents)
     assert admission.manifest(an_open(manifest)) == manifest

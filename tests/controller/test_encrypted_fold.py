@@ -31,7 +31,6 @@ from metisfl.controller.encrypted_fold import (
     context_of,
     fold_encrypted,
     terms_of,
-    update_form,
 )
 from metisfl.controller.folding import fold_round
 from metisfl.controller.scheduling import Contribution, Fold
@@ -169,7 +168,7 @@ def test_a_fold_that_is_repeated_makes_the_same_file(tmp_path: Path, count: int)
 
 
 def test_an_update_is_asked_for_in_the_seeded_form_with_the_rounds_exponents() -> None:
-    form = update_form(PUBLIC, [5, 0, 7])
+    form = PUBLIC.update_form([5, 0, 7])
     assert (form.polynomials, form.seeds, list(form.exponents)) == (1, 1, [5, 0, 7])
     assert (form.fingerprint, form.ring_dimension) == (PUBLIC.fingerprint, RING)
     assert not form.shares, "an update is nobody's but its sender's"

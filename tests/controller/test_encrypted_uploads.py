@@ -24,7 +24,7 @@ from random_updates import (
 )
 
 from metisfl.controller.admission import Expected
-from metisfl.controller.encrypted_fold import context_of, update_form
+from metisfl.controller.encrypted_fold import context_of
 from metisfl.controller.spool import Spool, StagedUpdate, UpdateRejected
 from metisfl.controller.store import ModelStore
 from metisfl.native_c import crc32c
@@ -53,7 +53,7 @@ Change = Callable[[bytearray], None]
 def expected(tmp_path: Path) -> dict[str, Expected]:
     """The tasks of a round in which ada and bob have trained."""
     model = write_community(ModelStore(tmp_path / "models"), tmp_path)
-    ada = Expected(ADA, model, FEDERATION, encryption=update_form(PUBLIC, EXPONENTS))
+    ada = Expected(ADA, model, FEDERATION, encryption=PUBLIC.update_form(EXPONENTS))
     return {"t": ada, "u": replace(ada, learner=BOB)}
 
 
@@ -390,7 +390,7 @@ def test_an_upload_goes_on_after_a_restart_and_is_checked_as_before(
 def test_an_update_without_floats_is_stored_by_its_manifest_alone(
     desk: Any, an_update: Callable[..., ModelFile]
 ) -> None:
-    form = update_form(PUBLIC, ())
+    form = PUBLIC.update_form(())
     desk.expect({"t": Expected(ADA, None, FEDERATION, encryption=form)})
     desk.open(an_update(manifest=update_manifest(tensors=TENSORS[1:2], exponents=())))
     desk.work()

@@ -13,7 +13,6 @@ from metisfl.controller.encrypted_fold import (
     EncryptedUpdate,
     context_of,
     fold_encrypted,
-    update_form,
 )
 from metisfl.controller.store import ModelStore
 from metisfl.native_c.ckks import block_bytes, open_block, seal_block
@@ -51,7 +50,7 @@ def update_manifest(
     tensors: Sequence[Tensor] = TENSORS,
     exponents: Sequence[int] = EXPONENTS,
 ) -> Manifest:
-    return encrypted_manifest(manifest_of(tensors), update_form(public, exponents))
+    return encrypted_manifest(manifest_of(tensors), public.update_form(exponents))
 
 
 def write_update(
