@@ -33,7 +33,7 @@ def command(argv: list[str]) -> int:
         metavar="FILE",
         help="default: DIR/NAME.sealed, with the NAME of learner:NAME; secret.sealed without one",
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args(_joined(argv))
     site, key = recipient(options.to)
     out: Path = options.out or options.folder / f"{site or 'secret'}.sealed"
     sealed = seal_to(key, load_secret(options.folder))
@@ -45,3 +45,11 @@ def command(argv: list[str]) -> int:
         raise MachineError(f"{out}: cannot be written: {error.strerror}") from None
     print(f"wrote {out}; at the other site: metisfl keys open {out.name} --folder KEYS")
     return 0
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--to KEY` as `--to=KEY`: one key in 85 begins with a dash, as an option does."""
+    if "--to" not in argv[:-1]:
+        return argv
+    place = argv.index("--to")
+    return [*argv[:place], f"--to={argv[place + 1]}", *argv[place + 2 :]]

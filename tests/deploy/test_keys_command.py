@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import zmq
 from example_key import FOUND, PUBLIC, public_part, secret_of
 from zmq.utils import z85
 
@@ -126,6 +127,14 @@ def test_a_sealed_file_is_called_by_its_site_and_never_overwritten(sites: Sites)
         with pytest.raises(UserError, match=f"{name} exists; give another --out"):
             command(["seal", str(sites.maker), "--to", to])
         assert (sites.maker / name).read_bytes() == before
+
+
+def test_a_key_that_looks_like_an_option_is_a_key_all_the_same(sites: Sites) -> None:
+    """One in 85 begins with a dash."""
+    publics = (zmq.curve_keypair()[0].decode() for _ in range(10_000))
+    key = next(public for public in publics if public.startswith("-"))
+    assert command(["seal", str(sites.maker), "--to", key]) == 0
+    assert (sites.maker / "secret.sealed").exists()
 
 
 @pytest.mark.parametrize(
