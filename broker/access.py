@@ -16,6 +16,7 @@ __all__ = [
     "SUBSCRIPTIONS_MAX",
     "SUBSCRIPTION_BYTES_MAX",
     "Subscriptions",
+    "may_ask_status",
     "may_publish",
     "may_read",
 ]
@@ -63,6 +64,11 @@ def may_read(principal: str, prefix: str) -> bool:
     except ValueError:
         return False
     return topic.subject == name or (topic.kind == "run" and topic.subject == ALL)
+
+
+def may_ask_status(principal: str) -> bool:
+    """Tell whether `principal` may ask how the broker is."""
+    return _role(principal)[0] in _READS_ALL
 
 
 class Subscriptions:

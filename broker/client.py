@@ -18,13 +18,16 @@ from typing import Final
 import structlog
 from google.protobuf.message import Message
 
+from metisfl.broker.access import may_ask_status
 from metisfl.broker.feed import Batch, Feed, Readers, Record
 from metisfl.broker.link import ClientKeys, Guard, Link
 from metisfl.broker.outbox import Outbox
+from metisfl.broker.status import BrokerStatus, parse_status
+from metisfl.broker.waiters import Waiters
 from metisfl.broker.window import WINDOW_EVENTS, EventRejected, HelloWanted, Patience, Window
 from metisfl.proto import frames
 from metisfl.proto.envelope import parse_envelope
-from metisfl.proto.errors import MachineError, PeerError
+from metisfl.proto.errors import MachineError, PeerError, UserError
 from metisfl.proto.events import encode
 from metisfl.proto.events_pb2 import Hello, Welcome
 from metisfl.proto.frames import Beat
@@ -34,6 +37,7 @@ __all__ = [
     "Batch",
     "Beat",
     "BrokerClient",
+    "BrokerStatus",
     "ClientKeys",
     "Feed",
     "Outbox",
@@ -91,7 +95,7 @@ class BrokerClient:
         self._on_reject = on_reject
         self._readers = Readers(on_taken=self._ask)
         self._reported: dict[str, int] = {}
-        self._drained: list[tuple[int, asyncio.Future[None]]] = []
+        self._waiters = Waiters()
         self._failure: BaseException | None = None
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -161,7 +165,7 @@ class BrokerClient:
         if self._window.acked >= target:
             return
         try:
-            await asyncio.wait_for(self._acked(target), timeout_s)
+            await asyncio.wait_for(self._waiters.acked(target), timeout_s)
         except asyncio.TimeoutError:
             raise MachineError(
                 f"{target - self._window.acked} events of {self._principal} were not acknowledged "
@@ -178,7 +182,7 @@ class BrokerClient:
             waiting = self._window.last - self._window.acked
             if waiting < WINDOW_EVENTS:
                 return WINDOW_EVENTS - waiting
-            await self._acked(self._window.acked + 1)
+            await self._waiters.acked(self._window.acked + 1)
 
     def records(self, lane: str) -> Feed[Batch]:
         """Read a lane from `outbox.cursor(lane)` on. One reader for each lane.
@@ -211,10 +215,23 @@ class BrokerClient:
         if self._window.welcomed:
             self._link.send(*frames.pack_beat(Beat(topic, kind, payload)))
 
-    def _acked(self, target: int) -> asyncio.Future[None]:
-        waiter = asyncio.get_running_loop().create_future()
-        self._drained.append((target, waiter))
-        return waiter
+    async def status(self, timeout_s: float) -> BrokerStatus:
+        """Ask how the broker is: for the controller and drivers.
+
+        Raises UserError for another principal, MachineError when no answer comes in `timeout_s`.
+        """
+        self._raise_failure()
+        if not may_ask_status(self._principal):
+            raise UserError(f"{self._principal} may not ask for the broker's status")
+        waiter = self._waiters.status()
+        self._ask_status()
+        try:
+            return await asyncio.wait_for(waiter, timeout_s)
+        except asyncio.TimeoutError:
+            raise MachineError(
+                f"the broker at {self._ingress} did not tell its status within {timeout_s} s: is "
+                "it running and reachable?"
+            ) from None
 
     # ---- What arrives ------------------------------------------------------------------
 
@@ -227,6 +244,9 @@ class BrokerClient:
             return
         if isinstance(reply, frames.FetchedBatch):
             self._readers.fetched(reply, now)
+            return
+        if isinstance(reply, frames.StatusAnswer):
+            self._tell_status(reply)
             return
         if isinstance(reply, frames.Busy):
             self._tell_busy(reply)
@@ -260,10 +280,7 @@ class BrokerClient:
         self._pump(now)
         self._ask()
         self._readers.wake()
-        for target, waiter in self._drained:
-            if self._window.acked >= target and not waiter.done():
-                waiter.set_result(None)
-        self._drained = [entry for entry in self._drained if not entry[1].done()]
+        self._waiters.settle(self._window.acked)
 
     def _tick(self) -> None:
         with self._guard:
@@ -274,9 +291,11 @@ class BrokerClient:
                 self._live_patience.heard(now)
             self._tell_silence(now)
             self._ticks += 1
-            if self._ticks % TIDY_TICKS == 0 and not self._outbox.in_transaction:
-                self._outbox.tidy()
-                self._report_cursors()
+            if self._ticks % TIDY_TICKS == 0:
+                self._ask_status()
+                if not self._outbox.in_transaction:
+                    self._outbox.tidy()
+                    self._report_cursors()
             self._settle()
         if self._failure is None:
             self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
@@ -298,6 +317,10 @@ class BrokerClient:
             for fetch in self._readers.wanted(time.monotonic()):
                 self._link.send(*frames.pack_fetch(fetch))
 
+    def _ask_status(self) -> None:
+        if self._window.welcomed and self._waiters.want_status:
+            self._link.send(frames.STATUS)
+
     def _say_hello(self) -> None:
         hello = Hello(
             protocol=frames.PROTOCOL, software=self._software[:64], epoch=self._outbox.epoch
@@ -310,14 +333,21 @@ class BrokerClient:
         self._unanswered_since, self._told = None, False
         self._reported.clear()
         self._readers.welcomed()
+        self._ask_status()
 
     def _report_cursors(self) -> None:
-        """Tell the broker how far each lane is applied; it is for its operator's eyes only."""
+        """Tell the broker how far each lane is applied: what a controller has not read is kept."""
         for name in self._readers.lanes:
             cursor = self._outbox.cursor(name)
             if self._window.welcomed and cursor != self._reported.get(name, 0):
                 self._link.send(*frames.pack_cursor(frames.CursorReport(cursor, name)))
                 self._reported[name] = cursor
+
+    def _tell_status(self, answer: frames.StatusAnswer) -> None:
+        try:
+            self._waiters.told(parse_status(answer.body))
+        except PeerError as error:
+            log.warning("message of the broker ignored", error=str(error))
 
     # ---- What goes wrong ----------------------------------------------------------------------
 
@@ -361,9 +391,7 @@ class BrokerClient:
             self._timer.cancel()
         self._link.close()
         self._readers.end(told_readers)
-        for _, waiter in self._drained:
-            if not waiter.done():
-                waiter.set_exception(failure)
+        self._waiters.end(failure)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

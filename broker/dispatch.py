@@ -14,12 +14,13 @@ after the other. Time is monotonic seconds. A peer is a connection, named by its
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
-from metisfl.broker.access import may_publish, may_read
+from metisfl.broker import status
+from metisfl.broker.access import may_ask_status, may_publish, may_read
 from metisfl.broker.sequencer import Batch, Order, Publisher, Recovered, Sequencer
 from metisfl.proto import frames
 from metisfl.proto.envelope import envelope_fault, parse_envelope, topic_fault
@@ -38,15 +39,17 @@ from metisfl.proto.frames import (
     Nack,
     Reject,
     SayHello,
+    StatusRequest,
 )
 from metisfl.proto.topics import TRANSIENT_KINDS, parse_topic
 
-__all__ = ["Dispatch", "Effect", "Forward", "Read", "Reply"]
+__all__ = ["Dispatch", "Effect", "Forward", "Read", "Reply", "TellStatus"]
 
 SESSIONS_MAX: Final = 8  # connections of one principal
 FETCHES_MAX: Final = 4  # waiting, of one connection
 BEATS_PER_S: Final = 100.0
 REFUSALS_PER_S: Final = 10.0
+STATUSES_PER_S: Final = 5.0
 REPEAT_S: Final = 0.05  # the same answer goes to the same connection at most this often
 RETRY_MS: Final = 250
 
@@ -78,7 +81,14 @@ class Forward:
     beat: Beat
 
 
-Effect = Reply | Read | Forward
+@dataclass(frozen=True, slots=True)
+class TellStatus:
+    """Effect: tell `peer` how the broker is."""
+
+    peer: bytes
+
+
+Effect = Reply | Read | Forward | TellStatus
 
 
 class _Bucket:
@@ -110,6 +120,7 @@ class _Session:
         "refusals",
         "said",
         "said_at",
+        "statuses",
         "welcomed",
     )
 
@@ -120,6 +131,7 @@ class _Session:
         self.fetches = 0
         self.beats = _Bucket(BEATS_PER_S, now)
         self.refusals = _Bucket(REFUSALS_PER_S, now)
+        self.statuses = _Bucket(STATUSES_PER_S, now)
         self.said: frames.Reply | None = None
         self.said_at = now
 
@@ -132,7 +144,10 @@ class _Session:
 
 
 class Dispatch:
-    """State of the ingress. `sequencer` holds what becomes of the events."""
+    """State of the ingress. `sequencer` holds what becomes of the events.
+
+    `stored` and `refused` count them since the start, the refused by one of `status.REFUSALS`.
+    """
 
     def __init__(self, recovered: Recovered, *, incarnation: int, software: str) -> None:
         self.sequencer = Sequencer(recovered)
@@ -142,7 +157,9 @@ class Dispatch:
         self._speaking: dict[str, _Session] = {}  # publisher -> the connection it last used
         self._listed: frozenset[str] | None = None
         self._blocked_until = float("-inf")
-        self._blocked_reason = ""
+        self._blocked_reason = self._blocked_cause = ""
+        self.stored = 0
+        self.refused: Counter[str] = Counter(dict.fromkeys(status.REFUSALS, 0))
 
     # ---- Connections ----------------------------------------------------------------
 
@@ -160,6 +177,10 @@ class Dispatch:
             del self._sessions[peers.popleft()]
         peers.append(peer)
         self._sessions[peer] = _Session(peer, self.sequencer.publisher(principal), now)
+
+    def connections(self) -> dict[str, int]:
+        """How many connections of each principal are known."""
+        return {principal: len(peers) for principal, peers in self._of.items()}
 
     def keep_only(self, principals: Set[str]) -> None:
         """Take nothing from anybody else from now on."""
@@ -186,8 +207,12 @@ class Dispatch:
                 return self._beat(session, request, now)
             if isinstance(request, CursorReport):
                 return self._cursor(session, request)
+            if isinstance(request, StatusRequest):
+                return self._status(session, now)
             return self._hello(session, request)
         except PeerError as error:
+            if parts[0] == frames.PUBLISH:
+                self.refused[status.INVALID] += 1
             if not session.refusals.take(now):
                 return []
             return [Reply(peer, Reject(REFUSED, 0, str(error)))]
@@ -216,10 +241,12 @@ class Dispatch:
 
     def _publish(self, session: _Session, parts: Sequence[bytes], now: float) -> list[Effect]:
         if now < self._blocked_until:
+            self.refused[self._blocked_cause] += 1
             return session.say(Busy(RETRY_MS, 0, self._blocked_reason), now)
         crc, data = frames.parse_publish(parts)
         publisher = session.publisher
         if zlib.crc32(data) != crc:
+            self.refused[status.DAMAGED] += 1
             expected = publisher.expected(session.epoch)
             return session.say(Nack(session.epoch, expected), now)
         envelope = parse_envelope(data)
@@ -249,6 +276,7 @@ class Dispatch:
             return session.say(Ack(epoch, stored), now) if sequence <= stored else []
         if order is Order.GAP:
             return session.say(Nack(epoch, publisher.expected(epoch)), now)
+        self.refused[status.FENCED] += 1
         return session.say(self._fenced(publisher, epoch, sequence), now)
 
     def _open_topic(self, publisher: Publisher, envelope: Envelope) -> str | None:
@@ -270,7 +298,7 @@ class Dispatch:
         head = self.sequencer.durable_head
         lane = self.sequencer.lane(fetch.lane)
         if lane is None or lane.durable <= fetch.after:
-            return [Reply(session.peer, FetchedBatch(fetch.request, head, head, ()))]
+            return [Reply(session.peer, FetchedBatch(fetch.request, head, head, 0, ()))]
         if session.fetches >= FETCHES_MAX:
             reason = f"{session.fetches} fetches wait on this connection"
             return [Reply(session.peer, Busy(RETRY_MS, fetch.request, reason))]
@@ -294,9 +322,20 @@ class Dispatch:
         return [Forward(beat)] if session.beats.take(now) else []
 
     def _cursor(self, session: _Session, report: CursorReport) -> list[Effect]:
-        if self.sequencer.lane(report.lane) and may_read(session.publisher.name, report.lane):
-            self.sequencer.report(session.publisher.name, report.lane, report.sequence)
+        reader, known = session.publisher.name, self.sequencer.lane(report.lane)
+        # One beyond the log is of a reader that has seen another past: it has not read this one.
+        if (
+            known
+            and may_read(reader, report.lane)
+            and report.sequence <= self.sequencer.durable_head
+        ):
+            self.sequencer.report(reader, report.lane, report.sequence)
         return []
+
+    def _status(self, session: _Session, now: float) -> list[Effect]:
+        if not may_ask_status(session.publisher.name):
+            raise PeerError(f"{session.publisher.name} may not ask for the status")
+        return [TellStatus(session.peer)] if session.statuses.take(now) else []
 
     # ---- Batches ---------------------------------------------------------------------------
 
@@ -304,6 +343,8 @@ class Dispatch:
         """The batch is on disk: now its events may be published, after these answers."""
         effects: list[Effect] = []
         moved = self.sequencer.committed(batch)
+        self.stored += len(batch.appends)
+        self.refused[status.POISON] += len(batch.refused)
         for refused in batch.refused:
             if session := self._speaking.get(refused.publisher):
                 reject = Reject(POISON, refused.sequence, refused.reason)
@@ -314,9 +355,11 @@ class Dispatch:
                 effects.append(Reply(session.peer, ack))
         return effects
 
-    def failed(self, reason: str, now: float) -> list[Effect]:
+    def failed(self, reason: str, now: float, cause: str = status.FULL_DISK) -> list[Effect]:
         """The oldest batch cannot be stored; for a moment nothing more is tried."""
         self._blocked_until, self._blocked_reason = now + RETRY_MS / 1000, reason
+        self._blocked_cause = cause
+        self.refused[cause] += self.sequencer.undecided
         busy = Busy(RETRY_MS, 0, reason)
         speaking = (self._speaking.get(publisher.name) for publisher in self.sequencer.failed())
         return [Reply(session.peer, busy) for session in speaking if session is not None]

@@ -45,11 +45,14 @@ class Batch:
 
     `caught_up`: the log held no more when last asked. When that comes true after the last record
     was handed on, an empty batch says so: a new reader of an empty lane gets one, too.
+    `trimmed_to`: 0, or the sequence up to which records that this reader had not read are gone:
+    the log was trimmed before it came to them. What is left follows, from this batch on.
     """
 
     records: tuple[Record, ...]
     through: int
     caught_up: bool
+    trimmed_to: int = 0
 
 
 def _opened(raw: RawRecord) -> Record:
@@ -191,10 +194,10 @@ class Readers:
     def _take(self, lane: Lane) -> Batch | None:
         if not lane.news:
             return None
-        raw, through = lane.take()
+        raw, through, trimmed_to = lane.take()
         self._on_taken()
         caught_up = lane.caught_up and not lane.ready
-        return Batch(tuple(_opened(record) for record in raw), through, caught_up)
+        return Batch(tuple(_opened(record) for record in raw), through, caught_up, trimmed_to)
 
     def _check_number(self, prefix: str) -> None:
         if len({*self._lanes, *self._beats, prefix}) >= SUBSCRIPTIONS_MAX:

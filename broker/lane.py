@@ -3,7 +3,7 @@
 Rule: a live record applies when its predecessor in the lane is at or before the cursor and itself
 after it; everything else that the live socket says is only a hint that something may be missing,
 and what is missing is fetched from the log. The cursor moves to what a fetch says it covered, also
-when that holds no record of this lane.
+when that holds no record of this lane. Records that were trimmed before they were read are told.
 
 Pure: the owner of the sockets passes in what arrived and the time, and sends what `wanted` returns.
 """
@@ -45,6 +45,7 @@ class Lane:
         self.ready: list[RawRecord] = []
         self.caught_up = False
         self._untold = False  # that we have caught up
+        self._trimmed_to = 0  # not told yet
         self._of_federation = lane_of_federation(name)
         self._ready_bytes = 0
         self._held: deque[RawRecord] = deque()
@@ -87,6 +88,8 @@ class Lane:
                 f"{asked.after} before: the log was lost or restored from an old copy. Restore "
                 "the newest copy, or start with empty folders on both sides"
             )
+        if batch.floor > self.cursor:
+            self._trimmed_to = self.cursor = batch.floor
         for record in batch.records:
             if record.header.sequence > self.cursor:
                 self._apply(record)
@@ -147,15 +150,18 @@ class Lane:
 
     @property
     def news(self) -> bool:
-        """True if there is something to take: records, or that there are no more of them."""
-        return bool(self.ready) or self._untold
+        """True if there is something to take: records, that some are gone, or that it is all."""
+        return bool(self.ready or self._trimmed_to) or self._untold
 
-    def take(self) -> tuple[list[RawRecord], int]:
-        """Hand on what is ready, with the cursor that the reader has once it is applied."""
-        ready, through = self.ready, self.cursor
-        self.ready, self._ready_bytes, self._untold = [], 0, False
+    def take(self) -> tuple[list[RawRecord], int, int]:
+        """Hand on what is ready, with the cursor that the reader has once it is applied.
+
+        The third is 0, or the sequence up to which records are gone that were not read before.
+        """
+        taken = self.ready, self.cursor, self._trimmed_to
+        self.ready, self._ready_bytes, self._untold, self._trimmed_to = [], 0, False, 0
         self._release()
-        return ready, through
+        return taken
 
     def _previous(self, record: RawRecord) -> int:
         header = record.header

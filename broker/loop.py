@@ -15,10 +15,12 @@ from typing import Final
 import structlog
 import zmq
 
+from metisfl.broker import status
 from metisfl.broker.access import Subscriptions
-from metisfl.broker.dispatch import Dispatch, Effect, Read, Reply
+from metisfl.broker.dispatch import Dispatch, Effect, Forward, Read, Reply
+from metisfl.broker.schema import DamagedLog, LogFull, StorageFull
 from metisfl.broker.sequencer import Batch
-from metisfl.broker.store import DamagedLog, StorageFull, Store
+from metisfl.broker.store import Store
 from metisfl.broker.writer import Writer
 from metisfl.proto import frames
 from metisfl.proto.frames import Busy, Head, Header, Reject
@@ -55,7 +57,8 @@ class Loop:
         self._incarnation = incarnation
         self._subscriptions = Subscriptions()
         self._reads: deque[Read] = deque()
-        self._failing = False
+        self._failure: StorageFull | None = None
+        self._full_since_unix_ns = 0
         self._failed_at = self._stored_at = 0.0
         self._head_due = False
         self._head_at = 0.0
@@ -96,8 +99,8 @@ class Loop:
         now = time.monotonic()
         self._send_head(now)
         self._sequencer.cursors_due()
-        if self._failing and self._failed_at + CALM_S < self._stored_at:
-            self._failing = False
+        if self._failure is not None and self._has_room(now):
+            self._failure, self._full_since_unix_ns = None, 0
             log.info("events are stored again")
         if self._lines > LINES_PER_TICK:
             log.warning("more of the same was not logged", lines=self._lines - LINES_PER_TICK)
@@ -167,7 +170,8 @@ class Loop:
     def _take_outcomes(self, now: float) -> None:
         for outcome in self._writer.outcomes():
             if outcome.failure is None:
-                self._stored_at = now
+                if outcome.batch.appends:
+                    self._stored_at = now
                 self._perform(self._dispatch.committed(outcome.batch))
                 self._publish(outcome.batch)
                 for refused in outcome.batch.refused:
@@ -175,10 +179,22 @@ class Loop:
             elif not isinstance(outcome.failure, StorageFull):
                 raise outcome.failure
             else:
-                if not self._failing:
-                    log.error("events cannot be stored", reason=str(outcome.failure))
-                self._failing, self._failed_at = True, now
-                self._perform(self._dispatch.failed(str(outcome.failure), now))
+                reason = str(outcome.failure)
+                if self._failure is None:
+                    log.error("events cannot be stored", reason=reason)
+                    self._full_since_unix_ns = time.time_ns()
+                self._failure, self._failed_at = outcome.failure, now
+                limit = isinstance(outcome.failure, LogFull)
+                cause = status.LOG_LIMIT if limit else status.FULL_DISK
+                self._perform(self._dispatch.failed(reason, now, cause))
+
+    def _has_room(self, now: float) -> bool:
+        """After a failure: events are stored, or would be."""
+        if self._failed_at + CALM_S < self._stored_at:
+            return True
+        disk = self._writer.disk
+        limit_is_all = isinstance(self._failure, LogFull) and disk.log_bytes < disk.log_limit_bytes
+        return limit_is_all and self._failed_at + CALM_S < now
 
     # ---- Out ----------------------------------------------------------------------------
 
@@ -187,7 +203,7 @@ class Loop:
             if isinstance(effect, Reply):
                 message = effect.message
                 if isinstance(message, frames.FetchedBatch):
-                    parts = frames.pack_batch(message.request, message.head, message.through, ())
+                    parts = frames.pack_batch(message.request, message.head, message.through, 0, ())
                 else:
                     parts = frames.pack_reply(message)
                     if isinstance(message, Reject) and message.code != frames.POISON:
@@ -195,8 +211,11 @@ class Loop:
                 self._send(effect.peer, parts)
             elif isinstance(effect, Read):
                 self._reads.append(effect)
-            else:
+            elif isinstance(effect, Forward):
                 self._live.send_multipart(frames.pack_live_beat(effect.beat))
+            else:
+                answer = frames.StatusAnswer(status.pack_status(self._status()))
+                self._send(effect.peer, frames.pack_reply(answer))
 
     def _publish(self, batch: Batch) -> None:
         send, pack, more = self._live.send, frames.pack_header, zmq.SNDMORE
@@ -209,7 +228,7 @@ class Loop:
     def _answer(self, read: Read) -> None:
         fetch = read.fetch
         try:
-            records, through = self._store.read_lane(
+            records, through, floor = self._store.reader.read_lane(
                 of_federation=read.of_federation,
                 lane_id=read.lane_id,
                 lane_head=read.lane_head,
@@ -233,7 +252,7 @@ class Loop:
                     record.logged_unix_ns,
                 )
                 flat += (record.topic.encode(), frames.pack_header(header), record.envelope)
-            parts = frames.pack_batch(fetch.request, read.head, through, flat)
+            parts = frames.pack_batch(fetch.request, read.head, through, floor, flat)
         self._send(read.peer, parts)
         self._dispatch.answered(read.peer)
 
@@ -244,6 +263,23 @@ class Loop:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             self.dropped += 1  # slow or gone
+
+    def _status(self) -> status.BrokerStatus:
+        dispatch, disk = self._dispatch, self._writer.disk
+        return status.BrokerStatus(
+            incarnation=self._incarnation,
+            head=self._sequencer.durable_head,
+            floor=disk.floor,
+            log_bytes=disk.log_bytes,
+            log_limit_bytes=disk.log_limit_bytes,
+            disk_free_bytes=disk.free_bytes,
+            events_stored=dispatch.stored,
+            events_refused=dict(dispatch.refused),
+            full_since_unix_ns=self._full_since_unix_ns,
+            full_reason=str(self._failure or ""),
+            connections=dispatch.connections(),
+            messages_dropped=self.dropped,
+        )
 
     def _send_head(self, now: float) -> None:
         self._head_due, self._head_at = False, now

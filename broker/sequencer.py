@@ -168,6 +168,11 @@ class Sequencer:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
+    @property
+    def undecided(self) -> int:
+        """Events that have a place, but are not on disk yet."""
+        return self._head - self.durable_head
+
     def publisher(self, name: str) -> Publisher:
         found = self._publishers.get(name)
         if found is None:
@@ -298,8 +303,11 @@ class Sequencer:
     def failed(self) -> list[Publisher]:
         """The oldest batch in flight cannot be stored: forget it and all that came after it.
 
-        Returns the publishers that must send again.
+        Returns the publishers that must send again. Cursors are kept: nobody reports them twice.
         """
+        for entry in reversed(self._in_flight):
+            for reader, lane_name, cursor in entry.batch.cursors:
+                self._cursors.setdefault((reader, lane_name), cursor)
         waiting = {p for entry in self._in_flight for p, _, _ in entry.watermarks}
         waiting |= self._touched_publishers
         self._in_flight.clear()

@@ -20,13 +20,14 @@ import zmq
 from metisfl import __version__
 from metisfl.broker.dispatch import Dispatch
 from metisfl.broker.loop import Loop
+from metisfl.broker.retention import KEEP_DAYS, LOG_LIMIT_BYTES, Limits
 from metisfl.broker.store import Store
 from metisfl.broker.writer import Writer
 from metisfl.deploy import logs, run
 from metisfl.deploy.ckks_keys import refuse_secret_parts
 from metisfl.deploy.curve import Authenticator, secure_server, self_test
 from metisfl.deploy.keys import PEERS_FILE, Identity, load_identity, load_peers
-from metisfl.deploy.options import INGRESS, LIVE, add_option, daemon_parser
+from metisfl.deploy.options import INGRESS, LIVE, add_option, daemon_parser, name_of, whole_number
 from metisfl.proto.errors import MachineError, UserError
 from metisfl.proto.frames import MESSAGE_BYTES_MAX, Head, pack_head
 
@@ -41,6 +42,7 @@ LIVE_SEND_HWM: Final = 2048
 SUBSCRIPTION_MESSAGE_BYTES_MAX: Final = 512
 REFUSED_KEYS_TOLD_MAX: Final = 1024
 LOG_FOLDER: Final = "log"
+LOG_LIMIT_LEAST_BYTES: Final = 1024**2
 
 Context = zmq.Context[zmq.Socket[bytes]]
 log = structlog.get_logger()
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run.run_polling(NAME, lambda stop: _main(options, stop))
 
 
-def serve(home: Path, ingress: str, live: str, stop: run.PollableStop) -> None:
+def serve(
+    home: Path, ingress: str, live: str, stop: run.PollableStop, limits: Limits | None = None
+) -> None:
     """Serve until `stop`. Raises MetisError if that cannot begin or go on."""
     refuse_secret_parts("the broker", [home, home / "keys", home / LOG_FOLDER])
     identity = load_identity(home / "keys")
@@ -64,9 +68,9 @@ def serve(home: Path, ingress: str, live: str, stop: run.PollableStop) -> None:
     peers = _Peers(home / "keys")
     incarnation = time.time_ns()
     with ExitStack() as stack:
-        store = Store(home / LOG_FOLDER)
+        store = Store(home / LOG_FOLDER, limits)
         stack.callback(store.close)
-        recovered = store.recovered()
+        recovered = store.reader.recovered()
         context: Context = zmq.Context()
         stack.callback(context.destroy, linger=0)
         authenticator = Authenticator(context, peers.known)
@@ -223,19 +227,65 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str, flag: str) -> str:
 def _check(home: Path) -> int:
     store = Store(home / LOG_FOLDER)
     try:
-        events = store.check()
+        events, floor = store.reader.check()
     finally:
         store.close()
-    print(f"{store.path} is whole: {events} events")
+    trimmed = f", behind {floor} that were trimmed" if floor else ""
+    print(f"{store.path} is whole: {events} events{trimmed}")
     return 0
+
+
+def _give_up(home: Path, federation: str) -> int:
+    store = Store(home / LOG_FOLDER)
+    try:
+        head = store.give_up(federation)
+    finally:
+        store.close()
+    print(f"{store.path} keeps nothing up to {head} for the controller of {federation} any more")
+    return 0
+
+
+def _size(text: str) -> int:
+    """An argparse type: bytes, or a whole number with KiB, MiB, GiB or TiB behind it."""
+    number, unit = text, 1
+    for power, name in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1):
+        if text.endswith(name):
+            number, unit = text.removesuffix(name).rstrip(), 1024**power
+    digits = number.isascii() and number.isdigit() and len(number) <= 20
+    size = int(number) * unit if digits else 0
+    if not LOG_LIMIT_LEAST_BYTES <= size < 2**62:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} cannot be; say at least 1MiB, as bytes or with KiB, MiB, GiB or TiB"
+        )
+    return size
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = daemon_parser(NAME, "Carry events between controller, learners and drivers, durably.")
     add_option(parser, "ingress", help="endpoint to publish to", default=INGRESS)
     add_option(parser, "live", help="endpoint to subscribe to", default=LIVE)
+    add_option(
+        parser,
+        "log-limit",
+        help="what the log may take of the disk, such as 500MiB",
+        default=f"{LOG_LIMIT_BYTES // 1024**3}GiB",
+        type=_size,
+    )
+    add_option(
+        parser,
+        "keep-days",
+        help="days after which events go that the controller has read",
+        default=str(KEEP_DAYS),
+        type=whole_number(1, 36_500),
+    )
     parser.add_argument(
         "--check", action="store_true", help="read the whole log, tell whether it is whole, end"
+    )
+    parser.add_argument(
+        "--give-up",
+        metavar="FEDERATION",
+        type=name_of("federation"),
+        help="keep nothing any more for the controller of FEDERATION, which never comes back; end",
     )
     return parser.parse_args(argv)
 
@@ -244,7 +294,10 @@ def _main(options: argparse.Namespace, stop: run.PollableStop) -> int:
     logs.configure(NAME)
     if options.check:
         return _check(Path(options.home))
-    serve(Path(options.home), options.ingress, options.live, stop)
+    if options.give_up:
+        return _give_up(Path(options.home), options.give_up)
+    limits = Limits.of(options.log_limit, options.keep_days)
+    serve(Path(options.home), options.ingress, options.live, stop, limits)
     return 0
 
 

@@ -1,28 +1,37 @@
 """The thread that waits for the disk, so that the sockets need not; and the one that tidies up.
 
-Rule: batches are stored in the order in which they were given. When one fails, those of its
+Rule 1: batches are stored in the order in which they were given. When one fails, those of its
 generation behind it are dropped unseen, because they were numbered as if it had succeeded.
+Rule 2: the log is trimmed between two batches, one slice each time, so that no batch waits long.
 """
 
 from __future__ import annotations
 
+import os
 import queue
+import sqlite3
 import threading
+import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
 import zmq
 
+from metisfl.broker.schema import PAGE_BYTES, WAL_LIMIT_BYTES, DamagedLog, checkpoint
 from metisfl.broker.sequencer import Batch
-from metisfl.broker.store import PAGE_BYTES, WAL_LIMIT_BYTES, Store, checkpoint
+from metisfl.broker.store import Store
+from metisfl.broker.trimming import ROW_BYTES
 from metisfl.proto.errors import MachineError
 
-__all__ = ["Outcome", "Writer"]
+__all__ = ["Disk", "Outcome", "Writer"]
 
 CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
 IDLE_S: Final = 1.0
-ROW_BYTES: Final = 128  # what an event adds to the database beyond its envelope, about
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +42,21 @@ class Outcome:
     failure: MachineError | None
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """How the log stood when it was last looked at, at most about a second ago."""
+
+    floor: int
+    log_bytes: int
+    log_limit_bytes: int
+    free_bytes: int
+
+
 class Writer:
-    """`submit` batches; `signal` becomes readable when there are `outcomes`."""
+    """`submit` batches; `signal` becomes readable when there are `outcomes`.
+
+    `disk` can be read from any thread.
+    """
 
     def __init__(self, store: Store, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._store = store
@@ -47,6 +69,10 @@ class Writer:
         self._signaller.connect(endpoint)
         self._checkpointer = _Checkpointer(store)
         self._closed = False
+        self._trimming = True  # until damage is found
+        self._more_to_trim = False
+        self._looked_at = time.monotonic()
+        self.disk = self._look()
         self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
         self._thread.start()
 
@@ -82,7 +108,14 @@ class Writer:
     def _write(self) -> None:
         failed_generation = -1
         try:
-            while (batch := self._batches.get()) is not None:
+            while True:
+                try:
+                    batch = self._batches.get(timeout=0 if self._more_to_trim else IDLE_S)
+                except queue.Empty:
+                    self._tidy(idle=True)
+                    continue
+                if batch is None:
+                    break
                 if batch.generation <= failed_generation:
                     continue
                 failure: MachineError | None = None
@@ -93,13 +126,45 @@ class Writer:
                     failed_generation = batch.generation
                 self._outcomes.append(Outcome(batch, failure))
                 self._signaller.send(b"")
-                self._checkpointer.wrote(batch)
-                if self._checkpointer.log_is_long:
-                    pages, moved = self._store.checkpoint()
-                    self._checkpointer.log_is_long = moved < pages
+                self._wrote(
+                    sum(len(append.envelope) for append in batch.appends)
+                    + ROW_BYTES * (len(batch.appends) + 1)
+                )
+                if self._more_to_trim or time.monotonic() - self._looked_at >= IDLE_S:
+                    self._tidy(idle=False)
         finally:
             self._signaller.send(b"")  # also when a defect ends this thread: somebody must look
             self._signaller.close(linger=-1)
+
+    def _tidy(self, *, idle: bool) -> None:
+        """Trim one slice if something is due; else, with nothing to store, let the file shrink."""
+        if self._trimming:
+            trimmer, done = self._store.trimmer, None
+            try:
+                done = trimmer.trim(time.time_ns())
+                if done is None and idle:
+                    done = trimmer.give_back()
+            except DamagedLog as error:
+                log.error("the log is not trimmed any more", reason=str(error))
+                self._trimming = False
+            self._more_to_trim = done is not None
+            if done is not None:
+                self._wrote(done.bytes)
+        self._looked_at = time.monotonic()
+        with suppress(sqlite3.Error, OSError):  # it stays at what was seen last
+            self.disk = self._look()
+
+    def _wrote(self, count: int) -> None:
+        self._checkpointer.wrote(count)
+        if self._checkpointer.log_is_long:
+            pages, moved = self._store.checkpoint()
+            self._checkpointer.log_is_long = moved < pages
+
+    def _look(self) -> Disk:
+        trimmer = self._store.trimmer
+        found = os.statvfs(self._store.folder)
+        free = found.f_bavail * found.f_frsize
+        return Disk(trimmer.floor, trimmer.log_bytes(), trimmer.limit_bytes, free)
 
 
 class _Checkpointer:
@@ -120,12 +185,11 @@ class _Checkpointer:
         self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
         self._thread.start()
 
-    def wrote(self, batch: Batch) -> None:
-        """Called by the writer after each batch."""
-        written = sum(len(append.envelope) for append in batch.appends)
+    def wrote(self, count: int) -> None:
+        """Called by the writer after each transaction, with about how many bytes it was."""
         with self._wake:
             self._busy = True
-            self._unmoved_bytes += written + ROW_BYTES * (len(batch.appends) + 1)
+            self._unmoved_bytes += count
             if self._unmoved_bytes >= CHECKPOINT_BYTES:
                 self._wake.notify()
 

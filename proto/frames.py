@@ -4,8 +4,7 @@ Rule 1: every part has a fixed length or a limit, checked before it is read furt
 parts is exact. What breaks that is a PeerError that names the value and the bound.
 Rule 2: an envelope is made once, by its publisher, and then stored and forwarded byte for byte;
 the broker's own knowledge travels in the record header in front of it.
-All integers are little-endian and unsigned; 64-bit ones stay below 2**63 so that SQLite can hold
-them.
+All integers are little-endian and unsigned; 64-bit ones stay below 2**63, as in SQLite.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ from google.protobuf.message import DecodeError
 from metisfl.proto.envelope import ENVELOPE_BYTES_MAX, EVENT_TYPE, INTEGER_MAX
 from metisfl.proto.errors import PeerError
 from metisfl.proto.events_pb2 import Hello, Welcome
-from metisfl.proto.topics import (
-    HEADS,
-    TOPIC_BYTES_MAX,
-    lane_of_federation,
-)
+from metisfl.proto.topics import HEADS, TOPIC_BYTES_MAX, lane_of_federation
 
 PROTOCOL: Final = 1
 MESSAGE_BYTES_MAX: Final = ENVELOPE_BYTES_MAX + 1024
@@ -35,6 +30,7 @@ FETCH_EVENTS_MAX: Final = 256
 FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 BEAT_BYTES_MAX: Final = 64 * 1024
 HELLO_BYTES_MAX: Final = 1024
+STATUS_BYTES_MAX: Final = 128 * 1024
 REASON_BYTES_MAX: Final = 2048
 
 HELLO: Final = b"H"  # from a client: Hello; from the broker, alone: say hello (again)
@@ -42,6 +38,7 @@ PUBLISH: Final = b"P"
 FETCH: Final = b"F"
 BEAT: Final = b"B"
 CURSOR: Final = b"C"
+STATUS: Final = b"S"  # from a client, alone: how are you; from the broker: the answer
 WELCOME: Final = b"W"
 ACK: Final = b"A"
 NACK: Final = b"N"
@@ -50,9 +47,7 @@ BUSY: Final = b"Y"
 BATCH: Final = b"E"
 
 POISON: Final = 1  # this event will never be accepted; the watermark has moved past it
-FENCED: Final = (
-    2  # a newer epoch of this publisher exists; nothing of this one is accepted any more
-)
+FENCED: Final = 2  # a newer epoch of this publisher exists; this one is over
 REFUSED: Final = 3  # not understood or not allowed; nothing was consumed
 
 HEADER_MAGIC: Final = 0x4D01  # "M", version 1
@@ -64,7 +59,7 @@ _CRC: Final = struct.Struct("<I")
 _MARK: Final = struct.Struct("<QQ")
 _REJECT: Final = struct.Struct("<BQ")
 _BUSY: Final = struct.Struct("<II")
-_BATCH: Final = struct.Struct("<IQQI")
+_BATCH: Final = struct.Struct("<IQQQI")
 HEADER_BYTES: Final = _HEADER.size
 
 
@@ -111,6 +106,18 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class StatusRequest:
+    """How is the broker? It is packed as [STATUS]."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusAnswer:
+    """`body` is an object in JSON; see the broker's status."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """How long the log is. `link_up`: this subscriber's connection is new."""
 
@@ -154,16 +161,20 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class FetchedBatch:
-    """The lane's next records; its cursor moves to `through`, also when there is none."""
+    """The lane's next records; its cursor moves to `through`, also when there is none.
+
+    `floor`: 0, or the newest record of the lane behind what was asked for that was trimmed away.
+    """
 
     request: int
     head: int
     through: int
+    floor: int
     records: tuple[RawRecord, ...]
 
 
-Request = Hello | Fetch | CursorReport | Beat
-Reply = SayHello | Welcome | Ack | Nack | Reject | Busy | FetchedBatch
+Request = Hello | Fetch | CursorReport | Beat | StatusRequest
+Reply = SayHello | Welcome | Ack | Nack | Reject | Busy | FetchedBatch | StatusAnswer
 
 
 def _unpack(layout: struct.Struct, part: bytes, what: str) -> tuple[int, ...]:
@@ -219,8 +230,7 @@ def pack_hello(hello: Hello) -> list[bytes]:
 
 
 def pack_fetch(fetch: Fetch) -> list[bytes]:
-    fields = _FETCH.pack(fetch.request, fetch.after, fetch.max_events)
-    return [FETCH, fields, fetch.lane.encode()]
+    return [FETCH, _FETCH.pack(fetch.request, fetch.after, fetch.max_events), fetch.lane.encode()]
 
 
 def pack_cursor(report: CursorReport) -> list[bytes]:
@@ -257,7 +267,9 @@ def parse_request(parts: Sequence[bytes]) -> Request:
     if kind == BEAT:
         _exact(parts, 4, "beat")
         return _beat(parts[1], parts[2], parts[3])
-    raise PeerError(f"unknown message kind {kind[:8]!r} from a client")
+    if kind == STATUS and len(parts) == 1:
+        return StatusRequest()
+    raise PeerError(f"unknown message kind {kind[:8]!r} of {len(parts)} parts from a client")
 
 
 def _beat(topic: bytes, kind: bytes, payload: bytes) -> Beat:
@@ -285,13 +297,17 @@ def pack_reply(reply: Reply) -> list[bytes]:
         return [BUSY, _BUSY.pack(reply.retry_ms, reply.request), reply.reason.encode()]
     if isinstance(reply, Welcome):
         return [WELCOME, reply.SerializeToString()]
+    if isinstance(reply, StatusAnswer):
+        return [STATUS, reply.body]
     assert isinstance(reply, SayHello), reply
     return [HELLO]
 
 
-def pack_batch(request: int, head: int, through: int, records: Sequence[bytes]) -> list[bytes]:
+def pack_batch(
+    request: int, head: int, through: int, floor: int, records: Sequence[bytes]
+) -> list[bytes]:
     """`records` holds topic, header, envelope of each record, one after the other."""
-    return [BATCH, _BATCH.pack(request, head, through, len(records) // 3), *records]
+    return [BATCH, _BATCH.pack(request, head, through, floor, len(records) // 3), *records]
 
 
 def parse_reply(parts: Sequence[bytes]) -> Reply:
@@ -302,10 +318,15 @@ def parse_reply(parts: Sequence[bytes]) -> Reply:
     if kind == HELLO:
         _exact(parts, 1, "say-hello")
         return SayHello()
+    if kind == STATUS:
+        _exact(parts, 2, "status")
+        if len(parts[1]) > STATUS_BYTES_MAX:
+            raise PeerError(f"status has {len(parts[1])} bytes; at most {STATUS_BYTES_MAX}")
+        return StatusAnswer(parts[1])
     if kind in (ACK, NACK):
         _exact(parts, 2, "ack")
-        epoch, sequence = _unpack(_MARK, parts[1], "ack")
-        return Ack(epoch, sequence) if kind == ACK else Nack(epoch, sequence)
+        mark = _unpack(_MARK, parts[1], "ack")
+        return Ack(*mark) if kind == ACK else Nack(*mark)
     if kind == REJECT:
         _exact(parts, 3, "reject")
         code, sequence = _unpack(_REJECT, parts[1], "reject")
@@ -326,7 +347,7 @@ def parse_reply(parts: Sequence[bytes]) -> Reply:
 def _parse_batch(parts: Sequence[bytes]) -> FetchedBatch:
     if len(parts) < 2:
         raise PeerError("batch has 1 part; it has at least 2")
-    request, head, through, count = _unpack(_BATCH, parts[1], "batch")
+    request, head, through, floor, count = _unpack(_BATCH, parts[1], "batch")
     if count > FETCH_EVENTS_MAX:
         raise PeerError(f"batch of {count} records; at most {FETCH_EVENTS_MAX}")
     _exact(parts, 2 + 3 * count, f"batch of {count} records")
@@ -334,7 +355,7 @@ def _parse_batch(parts: Sequence[bytes]) -> FetchedBatch:
         RawRecord(parts[at], parse_header(parts[at + 1], parts[at + 2]), parts[at + 2])
         for at in range(2, len(parts), 3)
     )
-    return FetchedBatch(request, head, through, records)
+    return FetchedBatch(request, head, through, floor, records)
 
 
 # ---- Records and the live socket ---------------------------------------------------------

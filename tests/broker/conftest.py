@@ -36,6 +36,7 @@ class BrokerProcess:
         self.identity = create_identity(self.keys, "broker")
         (self.keys / "peers").touch()
         self.ingress, self.live = free_endpoint(), free_endpoint()
+        self.options: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._said = home / "said"
 
@@ -53,7 +54,8 @@ class BrokerProcess:
 
     def command(self) -> list[str]:
         service = [sys.executable, "-I", "-m", "metisfl.broker.service"]
-        return [*service, "--home", str(self.home), "--ingress", self.ingress, "--live", self.live]
+        ends = ["--ingress", self.ingress, "--live", self.live]
+        return [*service, "--home", str(self.home), *ends, *self.options]
 
     def end(self, number: int = signal.SIGKILL) -> int:
         """Send it a signal, wait, and return its exit code."""

@@ -236,12 +236,12 @@ def fetch(lane: str, after: int = 0, request: int = 4) -> list[bytes]:
 
 
 def test_a_lane_without_news_is_answered_without_the_disk(desk: Any) -> None:
-    assert desk.send(L1, fetch("f/task/l1/")) == [FetchedBatch(4, 0, 0, ())]
+    assert desk.send(L1, fetch("f/task/l1/")) == [FetchedBatch(4, 0, 0, 0, ())]
     desk.publish(L2, 1)
     desk.commit()
-    assert desk.send(L1, fetch("f/task/l1/")) == [FetchedBatch(4, 1, 1, ())]
-    assert desk.send(CONTROLLER, fetch("f/", after=1)) == [FetchedBatch(4, 1, 1, ())]
-    assert desk.send(CONTROLLER, fetch("f/", after=9)) == [FetchedBatch(4, 1, 1, ())]
+    assert desk.send(L1, fetch("f/task/l1/")) == [FetchedBatch(4, 1, 1, 0, ())]
+    assert desk.send(CONTROLLER, fetch("f/", after=1)) == [FetchedBatch(4, 1, 1, 0, ())]
+    assert desk.send(CONTROLLER, fetch("f/", after=9)) == [FetchedBatch(4, 1, 1, 0, ())]
 
 
 def test_a_lane_with_news_is_read_up_to_what_is_on_disk(desk: Any) -> None:
@@ -309,6 +309,15 @@ def test_cursors_go_to_disk_with_events_or_when_due(desk: Any) -> None:
     assert desk.dispatch.sequencer.seal(1) is None, "not its lane, and a lane that is not there"
 
 
+def test_a_cursor_beyond_the_log_is_not_believed(desk: Any) -> None:
+    """Its reader has seen another past; of this one it has not read what is to come."""
+    desk.publish(CONTROLLER, 1)
+    desk.commit()
+    desk.send(CONTROLLER, frames.pack_cursor(CursorReport(2, "f/")))
+    desk.dispatch.sequencer.cursors_due()
+    assert desk.dispatch.sequencer.seal(1) is None
+
+
 # ---- Batches ------------------------------------------------------------------------------
 
 
@@ -346,6 +355,22 @@ def test_what_cannot_be_stored_was_never_there(desk: Any) -> None:
     assert sorted(desk.commit(), key=str) == [Ack(1, 1), Ack(1, 2)]
     assert [place.sequence for place in desk.log] == [1, 2, 3]
     assert desk.log[1].previous_in_topic == 1
+
+
+def test_a_cursor_survives_the_failure_of_its_batch(desk: Any) -> None:
+    """Nobody reports it again, and a full log waits for nothing else."""
+    desk.publish(CONTROLLER, 1)
+    desk.commit()
+    desk.send(CONTROLLER, frames.pack_cursor(CursorReport(1, "f/")))
+    desk.publish(L1, 1)
+    failing = desk.dispatch.sequencer.seal(1)
+    assert failing is not None
+    assert failing.cursors == [(CONTROLLER, "f/", 1)]
+    desk.dispatch.failed("disk full", desk.now)
+    desk.dispatch.sequencer.cursors_due()
+    again = desk.dispatch.sequencer.seal(1)
+    assert again is not None
+    assert (again.cursors, again.appends) == ([(CONTROLLER, "f/", 1)], [])
 
 
 def test_it_goes_on_where_the_disk_says(desks: Any) -> None:

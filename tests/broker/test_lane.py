@@ -29,10 +29,14 @@ def caught_up(cursor: int = 0, name: str = "f/task/l1/") -> Lane:
     return lane
 
 
-def answer(lane: Lane, *records: RawRecord, head: int, through: int | None = None) -> None:
+def answer(
+    lane: Lane, *records: RawRecord, head: int, through: int | None = None, floor: int = 0
+) -> None:
     fetch = lane.wanted(NOW, 1)
     assert fetch is not None, "the lane does not ask"
-    lane.batch(FetchedBatch(fetch.request, head, head if through is None else through, records))
+    lane.batch(
+        FetchedBatch(fetch.request, head, head if through is None else through, floor, records)
+    )
 
 
 def taken(lane: Lane) -> list[int]:
@@ -104,7 +108,7 @@ def test_an_empty_lane_says_that_there_is_no_more() -> None:
     assert not lane.news
     answer(lane, head=0)
     assert lane.news
-    assert lane.take() == ([], 0)
+    assert lane.take() == ([], 0, 0)
     assert not lane.news, "told once"
 
 
@@ -144,7 +148,7 @@ def test_a_new_connection_asks_again() -> None:
     lane.wanted(NOW, 1)
     lane.welcomed()
     assert lane.wanted(NOW, 2) is not None
-    lane.batch(FetchedBatch(1, 3, 3, ()))
+    lane.batch(FetchedBatch(1, 3, 3, 0, ()))
     assert lane.cursor == 5, "an answer from the old connection is void"
 
 
@@ -168,6 +172,35 @@ def test_a_log_that_ends_before_the_cursor_is_an_error() -> None:
     lane = Lane("f/", 5)
     with pytest.raises(HistoryLost, match="ends at 4, but lane f/ was read up to 5 before"):
         answer(lane, head=4)
+
+
+def test_a_reader_behind_the_floor_jumps_and_is_told_once() -> None:
+    lane = Lane("f/", 5)
+    answer(lane, record(31, 30), record(32, 31), head=32, floor=30)
+    assert lane.cursor == 32
+    ready, through, trimmed_to = lane.take()
+    assert [r.header.sequence for r in ready] == [31, 32]
+    assert (through, trimmed_to) == (32, 30)
+    assert lane.take() == ([], 32, 0)
+
+
+def test_a_lane_of_which_nothing_is_left_still_tells() -> None:
+    lane = Lane("f/task/l1/", 0)
+    answer(lane, head=100, floor=30)
+    assert lane.news
+    assert lane.take() == ([], 100, 30)
+    assert lane.caught_up
+    lane.live(record(101, 30))
+    assert taken(lane) == [101]
+
+
+def test_what_went_after_it_was_read_is_not_told() -> None:
+    """It came live while the log was asked, and was trimmed before the log answered."""
+    lane = Lane("f/", 5)
+    lane.wanted(NOW, 1)
+    lane.live(record(6, 5))
+    lane.batch(FetchedBatch(1, 9, 9, 6, ()))
+    assert lane.take()[2] == 0
 
 
 def test_a_slow_reader_holds_the_log_back_and_misses_nothing() -> None:
@@ -235,7 +268,7 @@ class World:
         head = len(self.log)
         through = some[-1].header.sequence if len(behind) > limit else head
         if self.random.random() < 0.8:
-            self.lane.batch(FetchedBatch(fetch.request, head, through, tuple(some)))
+            self.lane.batch(FetchedBatch(fetch.request, head, through, 0, tuple(some)))
 
     def head(self) -> None:
         self.lane.head(Head(1, len(self.log), link_up=self.random.random() < 0.1), self.now)
@@ -245,7 +278,7 @@ class World:
         self.lane.welcomed()
 
     def take(self) -> None:
-        records, through = self.lane.take()
+        records, through, _ = self.lane.take()
         self.read += [record.header.sequence for record in records]
         assert not self.read or through >= self.read[-1]
 

@@ -64,7 +64,7 @@ def test_a_record_is_the_same_live_and_fetched(shared: Any, sockets: Any) -> Non
     reader = shared.controller.greeted(sockets)
     reader.send_multipart(frames.pack_fetch(Fetch(5, 0, 256, f"{f}/")))
     sequence = record.header.sequence
-    assert answer(reader) == FetchedBatch(5, sequence, sequence, (record,))
+    assert answer(reader) == FetchedBatch(5, sequence, sequence, 0, (record,))
 
 
 def test_a_new_connection_is_asked_to_say_hello(shared: Any, sockets: Any) -> None:

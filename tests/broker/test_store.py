@@ -6,88 +6,21 @@ import os
 import sqlite3
 import subprocess
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import zmq
+from log_batches import batch, events, read
 
-from metisfl.broker import store as module
+from metisfl.broker import reading
 from metisfl.broker import writer as writer_module
-from metisfl.broker.sequencer import Append, Batch, Recovered, Refused
-from metisfl.broker.store import DamagedLog, StorageFull, Store, Stored
+from metisfl.broker.schema import DamagedLog, StorageFull
+from metisfl.broker.sequencer import Recovered, Refused
+from metisfl.broker.store import Store
 from metisfl.broker.writer import Outcome, Writer
 from metisfl.proto.errors import MachineError
-
-TOPICS = {"f/done/l1/": 2, "f/task/l1/": 3}
-
-
-def batch(
-    appends: Sequence[Append],
-    *,
-    number: int = 1,
-    generation: int = 0,
-    watermarks: Sequence[tuple[str, int, int]] = (),
-    refused: Sequence[Refused] = (),
-    cursors: Sequence[tuple[str, str, int]] = (),
-) -> Batch:
-    return Batch(
-        number=number,
-        generation=generation,
-        logged_unix_ns=1000 + number,
-        appends=appends,
-        refused=refused,
-        watermarks=watermarks,
-        federations=[(1, "f/")],
-        topics=[(id, name, 1) for name, id in TOPICS.items()],
-        cursors=cursors,
-    )
-
-
-def events(count: int, *, size: int = 20, first: int = 1) -> list[Append]:
-    """Every third event is a task, the rest are completions."""
-    heads = {name: 0 for name in TOPICS}
-    made = []
-    for sequence in range(1, first + count):
-        topic = "f/task/l1/" if sequence % 3 == 0 else "f/done/l1/"
-        data = f"event {sequence} ".encode().ljust(size, b".")
-        made.append(
-            Append(
-                sequence,
-                TOPICS[topic],
-                1,
-                heads[topic],
-                sequence - 1,
-                zlib.crc32(data),
-                data,
-                topic.encode(),
-            )
-        )
-        heads[topic] = sequence
-    return made[first - 1 :]
-
-
-def read(
-    store: Store,
-    lane: str = "f/",
-    *,
-    after: int = 0,
-    head: int,
-    lane_head: int | None = None,
-    max_events: int = 256,
-    max_bytes: int = 1 << 22,
-) -> tuple[list[Stored], int]:
-    return store.read_lane(
-        of_federation=lane == "f/",
-        lane_id=TOPICS.get(lane, 1),
-        lane_head=head if lane_head is None else lane_head,
-        after=after,
-        head=head,
-        max_events=max_events,
-        max_bytes=max_bytes,
-    )
 
 
 @pytest.fixture
@@ -107,8 +40,8 @@ def tampered(store: Store, *statements: str) -> Store:
 
 
 def test_an_empty_log_is_empty(store: Store) -> None:
-    assert store.recovered() == Recovered(head=0, federations=[], topics=[], watermarks=[])
-    assert store.check() == 0
+    assert store.reader.recovered() == Recovered(head=0, federations=[], topics=[], watermarks=[])
+    assert store.reader.check()[0] == 0
 
 
 @pytest.mark.parametrize("count", [1, 3, 255, 256, 257, 512])
@@ -116,10 +49,10 @@ def test_what_was_stored_is_read_after_a_restart(store: Store, count: int) -> No
     store.append(batch(events(count), watermarks=[("learner:l1", 7, count)]))
     store.close()
     with closing(Store(store.folder)) as again:
-        found = again.recovered()
+        found = again.reader.recovered()
         assert (found.head, found.watermarks) == (count, [("learner:l1", 7, count)])
         assert found.federations == [(1, "f/", count)]
-        assert again.check() == count
+        assert again.reader.check()[0] == count
         records, through = read(again, head=count, max_events=1000)
         assert [r.envelope for r in records] == [place.envelope for place in events(count)]
         assert through == count
@@ -128,7 +61,7 @@ def test_what_was_stored_is_read_after_a_restart(store: Store, count: int) -> No
 
 def test_each_lane_is_read_by_its_own_chain(store: Store) -> None:
     store.append(batch(events(10)))
-    found = store.recovered()
+    found = store.reader.recovered()
     assert found.topics == [(2, "f/done/l1/", 1, 10), (3, "f/task/l1/", 1, 9)]
     tasks, through = read(store, "f/task/l1/", head=10, lane_head=9)
     assert [r.sequence for r in tasks] == [3, 6, 9]
@@ -158,8 +91,8 @@ def test_what_is_not_committed_yet_is_not_read(store: Store) -> None:
 def test_reading_a_lane_uses_its_index(store: Store) -> None:
     with closing(sqlite3.connect(store.path)) as database:
         for column, query in (
-            ("topic", module._READ_TOPIC),
-            ("federation", module._READ_FEDERATION),
+            ("topic", reading._READ_TOPIC),
+            ("federation", reading._READ_FEDERATION),
         ):
             plan = database.execute(f"explain query plan {query}", (1, 5, 9, 256)).fetchall()
             search = f"SEARCH event USING INDEX event_{column} ({column}=? AND rowid>? AND rowid<?)"
@@ -170,7 +103,7 @@ def test_reading_a_lane_uses_its_index(store: Store) -> None:
 def test_watermarks_and_cursors_move(store: Store) -> None:
     store.append(batch([], watermarks=[("a", 1, 1), ("b", 1, 5)], cursors=[("a", "f/", 3)]))
     store.append(batch([], watermarks=[("a", 2, 1)], cursors=[("a", "f/", 4)]))
-    assert sorted(store.recovered().watermarks) == [("a", 2, 1), ("b", 1, 5)]
+    assert sorted(store.reader.recovered().watermarks) == [("a", 2, 1), ("b", 1, 5)]
     with closing(sqlite3.connect(store.path)) as database:
         assert database.execute("select * from cursor").fetchall() == [("a", "f/", 4)]
 
@@ -223,7 +156,7 @@ def test_a_damaged_log_is_not_opened_for_service(store: Store, statement: str, t
         closing(tampered(store, statement)) as damaged,
         pytest.raises(DamagedLog, match=told) as error,
     ):
-        damaged.recovered()
+        damaged.reader.recovered()
     assert str(store.path) in str(error.value)
 
 
@@ -261,11 +194,11 @@ def test_torn_pages_are_found(store: Store) -> None:
         file.seek(5 * 8192)
         file.write(os.urandom(8192 * 3))
     with pytest.raises(DamagedLog), closing(Store(store.folder)) as damaged:
-        damaged.check()
+        damaged.reader.check()
 
 
 def test_a_log_of_a_later_release_is_left_alone(store: Store) -> None:
-    with pytest.raises(MachineError, match="has format 9; this release knows 1"):
+    with pytest.raises(MachineError, match="has format 9; this release knows 2"):
         tampered(store, "pragma user_version = 9")
 
 
@@ -279,11 +212,11 @@ def test_what_does_not_fit_is_not_stored_at_all_and_fits_later(store: Store) -> 
     more = batch(events(500, first=4), watermarks=[("learner:l1", 1, 503)])
     with pytest.raises(StorageFull, match=r"cannot be stored \(database or disk is full\)"):
         store.append(more)
-    assert store.recovered().watermarks == [("learner:l1", 1, 3)]
-    assert store.check() == 3
+    assert store.reader.recovered().watermarks == [("learner:l1", 1, 3)]
+    assert store.reader.check()[0] == 3
     store._writer.execute("pragma max_page_count = 1000000")
     store.append(more)
-    assert store.check() == 503
+    assert store.reader.check()[0] == 503
 
 
 @pytest.fixture
@@ -308,7 +241,7 @@ def test_the_writer_stores_in_order_and_tells(store: Store, writer: Writer) -> N
     writer.submit(first)
     writer.submit(second)
     assert outcomes(writer, 2) == [Outcome(first, None), Outcome(second, None)]
-    assert store.check() == 4
+    assert store.reader.check()[0] == 4
 
 
 def test_after_a_failure_its_generation_is_dropped(store: Store, writer: Writer) -> None:
@@ -321,7 +254,7 @@ def test_after_a_failure_its_generation_is_dropped(store: Store, writer: Writer)
     failed, stored = outcomes(writer, 2)
     assert (failed.batch, stored) == (failing, Outcome(again, None))
     assert isinstance(failed.failure, StorageFull)
-    assert store.check() == 1
+    assert store.reader.check()[0] == 1
 
 
 def test_the_writer_finishes_what_it_was_given(store: Store, writer: Writer) -> None:
@@ -329,7 +262,7 @@ def test_the_writer_finishes_what_it_was_given(store: Store, writer: Writer) -> 
         writer.submit(batch(events(100, first=1 + 100 * number), number=number))
     writer.close()
     assert len(writer.outcomes()) == 3
-    assert store.check() == 300
+    assert store.reader.check()[0] == 300
 
 
 def test_the_write_ahead_log_stays_bounded_under_a_load_without_a_pause(
@@ -343,4 +276,4 @@ def test_the_write_ahead_log_stays_bounded_under_a_load_without_a_pause(
     outcomes(writer, 200)
     size = (store.folder / "events.db-wal").stat().st_size
     assert 0 < size < 5_000_000, "200 batches of 10 pages and more, and none was let go"
-    assert store.check() == 20_000
+    assert store.reader.check()[0] == 20_000

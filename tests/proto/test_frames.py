@@ -35,6 +35,8 @@ from metisfl.proto.frames import (
     RawRecord,
     Reject,
     SayHello,
+    StatusAnswer,
+    StatusRequest,
 )
 
 integers = st.integers(0, INTEGER_MAX)
@@ -46,6 +48,7 @@ requests = st.one_of(
     st.builds(Hello, protocol=small, software=texts, epoch=integers),
     st.builds(Fetch, small, integers, st.integers(1, frames.FETCH_EVENTS_MAX), lanes),
     st.builds(CursorReport, integers, lanes),
+    st.builds(StatusRequest),
     st.builds(Beat, st.just("f/beat/l1/"), st.sampled_from(["Progress", "Heartbeat"]), st.binary()),
 )
 replies = st.one_of(
@@ -55,6 +58,7 @@ replies = st.one_of(
     st.builds(Nack, integers, integers),
     st.builds(Reject, st.integers(1, 3), integers, texts),
     st.builds(Busy, small, small, texts),
+    st.builds(StatusAnswer, st.binary()),
 )
 
 
@@ -65,6 +69,8 @@ def packed(request: frames.Request) -> list[bytes]:
         return frames.pack_fetch(request)
     if isinstance(request, CursorReport):
         return frames.pack_cursor(request)
+    if isinstance(request, StatusRequest):
+        return [frames.STATUS]
     return frames.pack_beat(request)
 
 
@@ -87,13 +93,14 @@ def test_a_reply_comes_back_as_it_was(reply: frames.Reply) -> None:
     assert frames.parse_reply(frames.pack_reply(reply)) == reply
 
 
-@given(st.lists(st.binary(max_size=50), max_size=5), small, integers, integers)
+@given(st.lists(st.binary(max_size=50), max_size=5), small, integers, integers, integers)
 def test_a_batch_comes_back_as_it_was(
-    envelopes: list[bytes], request: int, head: int, through: int
+    envelopes: list[bytes], request: int, head: int, through: int, floor: int
 ) -> None:
     records = tuple(record(envelope, at + 1) for at, envelope in enumerate(envelopes))
-    parts = frames.pack_batch(request, head, through, [p for r in records for p in flat(r)])
-    assert frames.parse_reply(parts) == FetchedBatch(request, head, through, records)
+    flat_records = [part for record in records for part in flat(record)]
+    parts = frames.pack_batch(request, head, through, floor, flat_records)
+    assert frames.parse_reply(parts) == FetchedBatch(request, head, through, floor, records)
 
 
 def test_live_messages_come_back_as_they_were() -> None:
@@ -114,7 +121,7 @@ def test_the_record_header_has_the_layout_of_the_contract() -> None:
 
 parts = st.lists(
     st.one_of(
-        st.sampled_from([b"H", b"P", b"F", b"C", b"B", b"W", b"A", b"N", b"R", b"Y", b"E"]),
+        st.sampled_from([b"H", b"P", b"F", b"C", b"B", b"W", b"A", b"N", b"R", b"Y", b"E", b"S"]),
         st.sampled_from([b"", b"hb/", b"f/", b"f/done/l1/"]),
         st.binary(max_size=60),
     ),
@@ -156,6 +163,7 @@ FETCH = frames.pack_fetch(Fetch(1, 2, 3, "f/"))
         ([b"B", b"f/beat/l1/", b"Progress", bytes(65_537)], "65537 bytes; at most 65536"),
         ([b"B", b"f/beat/l1/", b"no name", b""], "'no name' is not a message name"),
         ([b"C", bytes(7), b"f/"], "7 bytes; it has exactly 8"),
+        ([b"S", b""], "b'S' of 2 parts"),
     ],
 )
 def test_a_bad_request_is_refused_with_value_and_bound(parts: list[bytes], told: str) -> None:
@@ -178,11 +186,11 @@ def test_a_bad_publish_is_refused_with_value_and_bound(parts: list[bytes], told:
 
 
 def test_a_batch_with_too_many_or_too_few_records_is_refused() -> None:
-    many = frames.pack_batch(1, 2, 2, flat(record(b"x")) * 257)
+    many = frames.pack_batch(1, 2, 2, 0, flat(record(b"x")) * 257)
     with pytest.raises(PeerError, match="257 records; at most 256"):
         frames.parse_reply(many)
     with pytest.raises(PeerError, match="exactly 5"):
-        frames.parse_reply(frames.pack_batch(1, 2, 2, flat(record(b"x")))[:-1])
+        frames.parse_reply(frames.pack_batch(1, 2, 2, 0, flat(record(b"x")))[:-1])
 
 
 def test_a_damaged_record_is_refused() -> None:
