@@ -130,27 +130,27 @@ class Link:
     def _ready(self) -> None:
         self._again = None
         with self._guard:
-            more = self._drain(self._dealer, self._on_reply)
-            more = self._drain(self._sub, self._on_live) or more
+            taken = self._drain(self._dealer, self._on_reply), self._drain(self._sub, self._on_live)
             if self._dealer is None:
                 return  # a handler closed us
-            self._on_settled()
-            if more:
+            if any(taken) or int(self._dealer.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+                self._on_settled()
+            if DRAIN_MESSAGES in taken:
                 self._look_again()
 
     def _drain(
         self, socket: zmq.Socket[bytes] | None, handle: Callable[[list[bytes]], None]
-    ) -> bool:
-        """Take what there is, in turns of 512; True if there may be more."""
-        for _ in range(DRAIN_MESSAGES):
+    ) -> int:
+        """Take what there is, in turns of 512; return how many messages there were."""
+        for taken in range(DRAIN_MESSAGES):
             if socket is None or socket.closed:
-                return False
+                return taken
             try:
                 parts = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return False
+                return taken
             handle(parts)
-        return True
+        return DRAIN_MESSAGES
 
     def _connect(self) -> None:
         assert self._loop is not None, "used before open"
