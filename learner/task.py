@@ -13,15 +13,40 @@ sealed again, not trained again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
+from typing import Final
 
+from metisfl.learner.task_events import (
+    Answer,
+    Assigned,
+    Cancelled,
+    Discard,
+    Done,
+    Effect,
+    Event,
+    Exceeded,
+    Failed,
+    Fetch,
+    Fetched,
+    Lost,
+    Outcome,
+    Report,
+    RoundOver,
+    RunOver,
+    Stop,
+    Upload,
+    Uploaded,
+    Work,
+)
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = [
+    "Answer",
     "Assigned",
     "Cancelled",
     "Discard",
@@ -49,27 +74,15 @@ __all__ = [
 ]
 
 
+RUNS_REMEMBERED: Final = 4
+
+
 class Stage(Enum):
     QUEUED = "queued"
     FETCHING = "fetching"
     WORKING = "working"
     UPLOADING = "uploading"
     REPORTED = "reported"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the work gave. `update_digest` is empty for an evaluation, and where there is no update
-    yet; `trained_digest` is that of the plain model behind an encrypted update."""
-
-    update_digest: bytes
-    examples: int
-    batches: int
-    metrics: Mapping[str, float]
-    training_s: float
-    exponents: tuple[int, ...] = ()
-    """That the update needed, one for each float tensor; none in plain mode."""
-    trained_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,9 @@ class Tasks:
 
     learner: str
     jobs: Mapping[str, Job] = MappingProxyType({})
+    over: Mapping[str, float] = MappingProxyType({})
+    """The newest round known to be over, by run (inf: the whole run). Assignments come by another
+    lane and may be read later. It is not kept on disk: who asks for what is over asks in vain."""
 
     def validate(self) -> None:
         """Assert what holds between any two events."""
@@ -111,138 +127,15 @@ class Tasks:
                 assert job.outcome.update_digest
 
 
-# ---- Events: what happened ---------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    task: pb.TaskAssigned
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    task_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class RoundOver:
-    run_id: str
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunOver:
-    run_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    task_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    task_id: str
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Exceeded:
-    """The work is done, and a tensor of the update does not fit into the round's exponents."""
-
-    task_id: str
-    outcome: Outcome
-    tensor: str
-
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    task_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Fetching, work or upload failed for good; `reason` is for the round's record."""
-
-    task_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """What was made is not on disk any more, as after a power cut: it is made again."""
-
-    task_id: str
-
-
-Event = (
-    Assigned
-    | Cancelled
-    | RoundOver
-    | RunOver
-    | Fetched
-    | Done
-    | Exceeded
-    | Uploaded
-    | Failed
-    | Lost
-)
-
-
-# ---- Effects: what to do about it ------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    task: pb.TaskAssigned
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Do the task; with an outcome it is trained, and only to be sealed."""
-
-    task: pb.TaskAssigned
-    outcome: Outcome | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    task: pb.TaskAssigned
-    digest: bytes
-
-
-Answer = pb.TaskCompleted | pb.TaskFailed | pb.ScaleExceeded
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    message: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Stop whatever is being done for this task."""
-
-    task_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """What was made for this task is no longer needed, unless a later attempt goes on with it."""
-
-    task_id: str
-
-
-Effect = Fetch | Work | Upload | Report | Stop | Discard
-
-
 def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
     """Return the state after an event and what to do."""
     if isinstance(event, Assigned):
         return _assigned(tasks, event.task)
     if isinstance(event, RoundOver):
-        return _forget(tasks, lambda job: _is_over(job, event))
+        tasks = _note_over(tasks, event.run_id, event.round)
+        return _forget(tasks, lambda job: _is_over(tasks, job.assigned))
     if isinstance(event, RunOver):
+        tasks = _note_over(tasks, event.run_id, math.inf)
         return _forget(tasks, lambda job: job.assigned.run_id == event.run_id)
     if isinstance(event, Cancelled):
         return _forget(tasks, lambda job: job.assigned.task_id == event.task_id)
@@ -284,15 +177,23 @@ def resume(tasks: Tasks) -> tuple[Effect, ...]:
 
 
 def _assigned(tasks: Tasks, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect, ...]]:
-    if task.task_id in tasks.jobs or task.learner != tasks.learner:
+    if task.task_id in tasks.jobs or task.learner != tasks.learner or _is_over(tasks, task):
         return tasks, ()
+    # The end of an older run may never be read: the log was trimmed, or this site was away.
+    tasks, effects = _forget(tasks, lambda job: _is_leftover(job, task))
     asked = (job for job in tasks.jobs.values() if _asked(job.assigned) == _asked(task))
     earlier = next(asked, None)
     if earlier is None:
-        return _advance(_put(tasks, Job(task)))
-    if task.attempt <= earlier.assigned.attempt:
-        return tasks, ()
-    return _replace(tasks, earlier, task)
+        tasks, more = _advance(_put(tasks, Job(task)))
+    elif task.attempt > earlier.assigned.attempt:
+        tasks, more = _replace(tasks, earlier, task)
+    else:
+        more = ()
+    return tasks, effects + more
+
+
+def _is_leftover(job: Job, task: pb.TaskAssigned) -> bool:
+    return job.stage is Stage.REPORTED and job.assigned.run_id != task.run_id
 
 
 def _asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
@@ -341,12 +242,18 @@ def _report(tasks: Tasks, job: Job, message: Answer) -> tuple[Tasks, tuple[Effec
     return after, (Report(message), *effects)
 
 
-def _is_over(job: Job, over: RoundOver) -> bool:
+def _note_over(tasks: Tasks, run_id: str, round_number: float) -> Tasks:
+    """Remember it with what is known of the run before that one."""
+    newest = max(round_number, tasks.over.get(run_id, -1))
+    known = {key: value for key, value in tasks.over.items() if key != run_id}
+    last = dict([*known.items()][-(RUNS_REMEMBERED - 1) :])
+    return replace(tasks, over=MappingProxyType({**last, run_id: newest}))
+
+
+def _is_over(tasks: Tasks, task: pb.TaskAssigned) -> bool:
     """Updates of a closed round are done with; its evaluation is only about to begin."""
-    task = job.assigned
-    if task.run_id != over.run_id:
-        return False
-    return task.round < over.round or (task.round == over.round and task.kind != pb.EVALUATE)
+    newest = tasks.over.get(task.run_id, -1)
+    return task.round < newest or (task.round == newest and task.kind != pb.EVALUATE)
 
 
 def _forget(tasks: Tasks, over: Callable[[Job], bool]) -> tuple[Tasks, tuple[Effect, ...]]:

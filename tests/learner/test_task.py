@@ -82,7 +82,38 @@ def test_a_training_task_is_fetched_trained_uploaded_and_reported() -> None:
 def test_an_evaluation_survives_the_closing_of_its_round() -> None:
     tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1, "evaluate")))
     after, effects = t.handle(tasks, t.RoundOver("r", 1))
-    assert (after, effects) == (tasks, ())
+    assert (after.jobs, effects) == (tasks.jobs, ())
+
+
+def test_a_task_that_is_read_after_the_end_of_its_round_is_not_begun() -> None:
+    """Assignments and the ends of rounds come by two lanes."""
+    tasks, _ = t.handle(t.Tasks("ada"), t.RoundOver("r", 2))
+    for late in (assigned(1), assigned(2), assigned(1, "evaluate")):
+        assert t.handle(tasks, t.Assigned(late)) == (tasks, ())
+    for due in (assigned(2, "evaluate"), assigned(3)):
+        assert t.handle(tasks, t.Assigned(due))[1], "its round is not over"
+    tasks, _ = t.handle(tasks, t.RunOver("r"))
+    assert t.handle(tasks, t.Assigned(assigned(9, "evaluate"))) == (tasks, ())
+
+
+def test_what_is_left_of_a_run_whose_end_was_never_read_goes_with_the_next_runs_first_task() -> (
+    None
+):
+    tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
+    tasks, _ = t.handle(tasks, t.Failed("r.1.train", "no rows"))
+    newer = pb.TaskAssigned()
+    newer.CopyFrom(assigned(1))
+    newer.task_id, newer.run_id = "s.1.train", "s"
+    tasks, effects = t.handle(tasks, t.Assigned(newer))
+    assert effects == (t.Discard("r.1.train"), t.Fetch(newer))
+    assert list(tasks.jobs) == ["s.1.train"]
+
+
+def test_few_runs_are_remembered() -> None:
+    tasks = t.Tasks("ada")
+    for number in range(20):
+        tasks, _ = t.handle(tasks, t.RunOver(f"run{number}"))
+    assert list(tasks.over) == [f"run{number}" for number in range(16, 20)]
 
 
 def test_a_cancelled_task_is_stopped_and_the_next_one_starts() -> None:
@@ -203,7 +234,8 @@ def test_only_what_belongs_to_a_run_ends_with_it() -> None:
     other.task_id, other.run_id = "other.1.train", "other"
     tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
     tasks, _ = t.handle(tasks, t.Assigned(other))
-    assert t.handle(tasks, t.RoundOver("a third", 9)) == (tasks, ())
+    after, effects = t.handle(tasks, t.RoundOver("a third", 9))
+    assert (after.jobs, effects) == (tasks.jobs, ())
     tasks, effects = t.handle(tasks, t.RunOver("r"))
     assert effects == (t.Stop("r.1.train"), t.Discard("r.1.train"), t.Fetch(other))
     tasks, _ = t.handle(tasks, t.RunOver("other"))
