@@ -8,18 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from metisfl.controller.aggregate import Update, fold
+from metisfl.controller.effects import Fold
 from metisfl.controller.encrypted_fold import EncryptedUpdate, context_of, fold_encrypted
-from metisfl.controller.scheduling import Fold
+from metisfl.controller.room import explained
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.proto.ckks_key import PublicPart
-from metisfl.proto.errors import MachineError
 
 __all__ = ["fold_round"]
 
 
 def fold_round(effect: Fold, store: ModelStore, spool: Spool, public: PublicPart | None) -> bytes:
-    """Fold, put the model into the store, and return its digest. Raises MachineError."""
+    """Fold, put the model into the store, and return its digest. Raises MachineError, NoRoom."""
     paths = [spool.update_path(one.task_id) for one in effect.contributions]
     try:
         # An encrypted sum may hold both halves of its ciphertexts; an update holds one.
@@ -30,9 +30,7 @@ def fold_round(effect: Fold, store: ModelStore, spool: Spool, public: PublicPart
         else:
             digest = _fold_encrypted(effect, public, paths, draft)
     except OSError as error:
-        raise MachineError(
-            f"{spool.folder}: the updates cannot be folded: {error.strerror}"
-        ) from error
+        raise explained(spool.folder, error) from error
     return store.put(draft, digest)
 
 

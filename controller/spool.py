@@ -20,7 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from metisfl.controller.store import RESERVE_BYTES, check_space
+from metisfl.controller.room import RESERVE_BYTES, Room, explained
 from metisfl.native_c import ckks, first_non_finite
 from metisfl.proto.bulk import Code
 from metisfl.proto.chunk import (
@@ -248,16 +248,18 @@ class Spool:
         folder: Path,
         *,
         context: ckks.Context | None = None,
+        limit_bytes: int | None = None,
         reserve_bytes: int = RESERVE_BYTES,
         update_bytes_max: int = UPDATE_BYTES_MAX,
     ) -> None:
         """Open or create `folder`. `context` is that of encrypted updates.
 
-        Raises MachineError if it cannot be used.
+        `limit_bytes` bounds the folder; None leaves it to the disk. Raises MachineError if it
+        cannot be used.
         """
         self._trial = None if context is None else ckks.Fold(context)
         self.folder = folder
-        self._reserve_bytes = reserve_bytes
+        self._room = Room(folder, "--spool-limit", limit_bytes, reserve_bytes)
         self._update_bytes_max = update_bytes_max
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -312,7 +314,7 @@ class Spool:
     def begin(self, task_id: str, digest: bytes, manifest: Manifest) -> StagedUpdate:
         """Make room for an update, or go on with what a part of the same content holds.
 
-        Raises UpdateRejected if it is larger than any may be, MachineError if there is no room.
+        Raises UpdateRejected if it is larger than any may be, NoRoom if there is none now.
         """
         if manifest.payload_bytes > self._update_bytes_max:
             raise UpdateRejected(
@@ -335,12 +337,12 @@ class Spool:
                 staged.restore()
             if not staged.resumed:
                 os.ftruncate(descriptor, 0)
-                check_space(self.folder, part_bytes, self._reserve_bytes)
+                self._room.check(part_bytes)
                 os.posix_fallocate(descriptor, 0, part_bytes)
                 os.pwrite(descriptor, header, 0)
         except OSError as error:
             staged.discard()
-            raise MachineError(f"{path}: {part_bytes} bytes: {error.strerror}") from None
+            raise explained(path, error) from None
         except MachineError:
             staged.discard()
             raise

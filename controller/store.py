@@ -7,20 +7,16 @@ removed at the next start. So any thread may read while another puts or deletes.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
 
+from metisfl.controller.room import RESERVE_BYTES, Room, explained
 from metisfl.proto.errors import MachineError
 from metisfl.proto.model_file import DIGEST_BYTES, ModelFile, open_model, sync_folder
 
-__all__ = ["RESERVE_BYTES", "ModelStore", "check_space"]
-
-RESERVE_BYTES: Final = 64 << 20
+__all__ = ["ModelStore"]
 
 _NAME = re.compile(r"([0-9a-f]{64})\.model")
 _DRAFT = ".draft"
@@ -41,8 +37,7 @@ class ModelStore:
     ) -> None:
         """Open or create `folder`. Raises MachineError if it cannot be used."""
         self.folder = folder
-        self._limit_bytes = limit_bytes
-        self._reserve_bytes = reserve_bytes
+        self._room = Room(folder, "--models-limit", limit_bytes, reserve_bytes)
         self._drafts = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,16 +54,9 @@ class ModelStore:
     def draft(self, file_bytes: int) -> Path:
         """A fresh path in the store to write a model of `file_bytes` to; then `put` it.
 
-        Raises MachineError if there is no room for it.
+        Raises NoRoom if there is none for it.
         """
-        if self._limit_bytes is not None:
-            used = sum(self.path(digest).stat().st_size for digest in self.digests())
-            if used + file_bytes > self._limit_bytes:
-                raise MachineError(
-                    f"model store {self.folder}: {used} bytes used, {file_bytes} more asked for; "
-                    f"the limit is {self._limit_bytes}: keep fewer models or raise the limit"
-                )
-        check_space(self.folder, file_bytes, self._reserve_bytes)
+        self._room.check(file_bytes)
         self._drafts += 1
         return self.folder / f"{os.getpid()}-{self._drafts}{_DRAFT}"
 
@@ -87,7 +75,7 @@ class ModelStore:
                 os.replace(draft, self.path(digest))
                 sync_folder(self.folder)
             except OSError as error:
-                raise MachineError(f"model store {self.folder}: {error.strerror}") from None
+                raise explained(self.folder, error) from None
         return digest
 
     def contains(self, digest: bytes) -> bool:
@@ -130,16 +118,3 @@ class ModelStore:
         for digest in surplus:
             self.delete(digest)
         return surplus
-
-
-def check_space(folder: Path, needed_bytes: int, reserve_bytes: int) -> None:
-    """Raise MachineError if `needed_bytes` more would leave less than the reserve on that disk."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise MachineError(f"{folder}: {error.strerror}") from None
-    if free - needed_bytes < reserve_bytes:
-        raise MachineError(
-            f"{folder}: {os.strerror(errno.ENOSPC).lower()}: {free} bytes are free, {needed_bytes} "
-            f"are needed and {reserve_bytes} stay in reserve; make room on that disk"
-        )

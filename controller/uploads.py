@@ -339,9 +339,9 @@ class Uploads:
         self, task_id: str, subject: bytes, learner: str, route: bytes | None, error: MachineError
     ) -> None:
         """This machine is at fault; the same update is welcome later."""
-        log.error("update not spooled", task=task_id, learner=learner, why=str(error))
         refusal = Refusal(Code.NO_SPACE, f"the controller cannot store the update: {error}")
-        self._refuse(route, subject, refusal)
+        if is_worth_a_line(self._refuse(route, subject, refusal)):
+            log.error("update not spooled", task=task_id, learner=learner, why=str(error))
         self._on_refused(task_id, learner, refusal.reason)
 
     def _drop(self, upload: _Upload) -> None:

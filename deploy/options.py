@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from metisfl import __version__
 from metisfl.proto.errors import UserError
 from metisfl.proto.topics import check_name
 
-__all__ = ["BULK", "INGRESS", "LIVE", "add_option", "daemon_parser", "name_of", "whole_number"]
+__all__ = [
+    "BULK",
+    "INGRESS",
+    "LIVE",
+    "add_option",
+    "daemon_parser",
+    "name_of",
+    "size",
+    "whole_number",
+]
 
 INGRESS = "tcp://127.0.0.1:5570"
 LIVE = "tcp://127.0.0.1:5571"
 BULK = "tcp://127.0.0.1:5572"
+UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def daemon_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -72,6 +83,19 @@ def name_of(what: str) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return check
+
+
+def size(text: str) -> int | None:
+    """An argparse type for a number of bytes: "20G", "500M", "4096"; "" is None, no limit."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18})([kMGT]?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no size; allowed are digits with k, M, G or T (powers of 1000)"
+        )
+    number = int(match[1])
+    return number * UNITS[match[2]]
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:

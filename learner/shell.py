@@ -29,6 +29,7 @@ from metisfl.learner.verification import NotTheFold, verify
 from metisfl.learner.worker import Progress, TrainingCancelled, TrainingError, Worker
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
+from metisfl.proto.bulk import Code
 from metisfl.proto.ckks_key import PublicPart
 from metisfl.proto.errors import MachineError, UserError
 from metisfl.proto.events import REASON_CHARACTERS_MAX
@@ -37,6 +38,7 @@ __all__ = ["SOFTWARE", "Learner"]
 
 BEAT_S: Final = 1.0
 CANCEL_GRACE_S: Final = 5.0
+ROOM_S: Final = 0.5  # between two offers to a controller whose disk is full; below any lease
 SOFTWARE: Final = f"metisfl {__version__}"
 
 _log = structlog.get_logger()
@@ -307,20 +309,31 @@ class Learner:
         return True
 
     async def _upload(self, task: pb.TaskAssigned, digest: bytes) -> None:
-        try:
-            await self._bulk.upload(
-                task.task_id,
-                self._home.update_path(task.task_id),
-                run_id=task.run_id,
-                digest=digest,
-                on_progress=partial(self._progress, task, "uploading"),
-            )
-        except UploadRefused as error:
-            self._fail(task, f"the controller refused the update: {error}")
-        except NotEncrypted as error:
-            self._fail(task, str(error))
-        else:
-            self._handle([t.Uploaded(task.task_id)])
+        told = False
+        while True:
+            try:
+                await self._bulk.upload(
+                    task.task_id,
+                    self._home.update_path(task.task_id),
+                    run_id=task.run_id,
+                    digest=digest,
+                    on_progress=partial(self._progress, task, "uploading"),
+                )
+            except UploadRefused as error:
+                if error.code != Code.NO_SPACE:
+                    self._fail(task, f"the controller refused the update: {error}")
+                    return
+                if not told:
+                    _log.warning("the controller has no room yet, offering again", why=str(error))
+                told = True
+                self._progress(task, "waiting", 0.0)  # for room there: this site is not silent
+                await asyncio.sleep(ROOM_S)
+            except NotEncrypted as error:
+                self._fail(task, str(error))
+                return
+            else:
+                self._handle([t.Uploaded(task.task_id)])
+                return
 
     def _fail(self, task: pb.TaskAssigned, reason: str) -> None:
         _log.error("task failed", why=reason)

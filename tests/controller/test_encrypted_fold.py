@@ -25,6 +25,7 @@ from random_updates import (
     write_update,
 )
 
+from metisfl.controller.effects import Contribution, Fold
 from metisfl.controller.encrypted_fold import (
     EncryptedUpdate,
     UnusableUpdate,
@@ -33,14 +34,13 @@ from metisfl.controller.encrypted_fold import (
     terms_of,
 )
 from metisfl.controller.folding import fold_round
-from metisfl.controller.scheduling import Contribution, Fold
+from metisfl.controller.room import NoRoom
 from metisfl.controller.spool import Spool
 from metisfl.controller.state import Terms
 from metisfl.controller.store import ModelStore
 from metisfl.proto import ckks
 from metisfl.proto.chunk import chunk_count
 from metisfl.proto.ckks_key import PublicPart
-from metisfl.proto.errors import MachineError
 from metisfl.proto.model_file import open_model
 from metisfl.proto.model_pb2 import Manifest, Share
 from metisfl.proto.tensors import Tensor, parse_manifest
@@ -297,14 +297,14 @@ def test_a_full_disk_is_this_machines_fault(
     fold, store, spool = a_round(tmp_path, 1, (10.0, 40.0))
     payload = spool.update_path(fold.contributions[0].task_id).stat().st_size
     small = ModelStore(tmp_path / "small", limit_bytes=2 * payload - 1)
-    with pytest.raises(MachineError, match="limit is"):
+    with pytest.raises(NoRoom, match=r"limit is .*--models-limit"):
         fold_round(fold, small, spool, PUBLIC)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match="the updates cannot be folded: No space left"):
+    with pytest.raises(NoRoom, match="No space left"):
         fold_round(fold, store, spool, PUBLIC)
     monkeypatch.undo()
     assert list(store.folder.iterdir()) == []

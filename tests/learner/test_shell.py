@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from learner_site import LANE, site, task
 
+from metisfl.learner import shell
 from metisfl.learner.state import TaskTable
 from metisfl.learner.task import Stage
 from metisfl.proto import events_pb2 as pb
@@ -121,5 +122,23 @@ def test_an_update_is_sent_again_after_a_restart_and_made_again_only_if_it_is_lo
         (tmp_path / "outbox" / "r.1.train.ada.update").unlink()
         async with site(tmp_path) as ada:
             assert [(await ada.around.next())[0] for _ in range(2)] == ["download", "train"]
+
+    asyncio.run(scenario())
+
+
+def test_an_update_that_the_controller_has_no_room_for_is_offered_until_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "ROOM_S", 0.0)
+
+    async def scenario() -> None:
+        async with site(tmp_path) as one:
+            one.around.trains_at_once = one.around.stores_at_once = True
+            one.around.no_room_for = 3
+            one.around.log(task(1))
+            await one.said(pb.TaskCompleted)
+            asked = [one.around.asked.get_nowait()[0] for _ in range(one.around.asked.qsize())]
+            assert asked.count("upload") == 4
+            assert len(one.around.jobs) == 1, "it is trained once"
 
     asyncio.run(scenario())

@@ -15,9 +15,10 @@ from metisfl.broker.client import Batch, Outbox, Record
 from metisfl.deploy.database import open_database
 from metisfl.learner.home import Home
 from metisfl.learner.shell import Learner
-from metisfl.learner.transfer import DownloadRefused
+from metisfl.learner.transfer import DownloadRefused, UploadRefused
 from metisfl.learner.worker import Job, Result, TrainingCancelled
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.bulk import Code
 from metisfl.proto.envelope import parse_envelope
 from metisfl.proto.events import decode, encode
 from metisfl.proto.model_file import write_model
@@ -53,6 +54,7 @@ class Around:
         self.refuse_models = False
         self.trains_at_once = False
         self.stores_at_once = False
+        self.no_room_for = 0  # uploads
         self.answer: Callable[[Job], Result] | None = None
         self.jobs: list[Job] = []
         self.cancelled = asyncio.Event()
@@ -85,6 +87,9 @@ class Around:
 
     async def upload(self, task_id: str, path: Path, **_: object) -> None:
         self.asked.put_nowait(("upload", path.name))
+        if self.no_room_for:
+            self.no_room_for -= 1
+            raise UploadRefused(Code.NO_SPACE, "no space left on device")
         if not self.stores_at_once:
             await asyncio.get_running_loop().create_future()
 
