@@ -1,8 +1,8 @@
 """Leases: the one rule for silence.
 
 Rule: a wait that nothing renews for `lease_s` ends, once. Times are monotonic seconds, given by the
-caller. Renewals are not logged, so leases start afresh when a controller restarts: a learner never
-loses its lease because the controller was away.
+caller. Renewals are not logged, so leases start afresh when a controller restarts, and stand still
+while it cannot hear anybody: a learner never loses its lease because controller or broker was away.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class Leases:
         if key not in self.heard:
             return self
         heard = {**self.heard, key: (self.heard[key][0], now)}
+        return Leases(MappingProxyType(heard), self.reported)
+
+    def afresh(self, now: float) -> Leases:
+        """Every lease starts anew: nobody could be heard until now."""
+        heard = {key: (wait, now) for key, (wait, _) in self.heard.items()}
         return Leases(MappingProxyType(heard), self.reported)
 
     def end(self, now: float) -> tuple[Leases, tuple[Ended, ...]]:

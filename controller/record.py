@@ -6,7 +6,9 @@ alone: writing it again after a restart gives the same bytes.
 
 from __future__ import annotations
 
-from metisfl.controller.state import Phase, Run
+from dataclasses import replace
+
+from metisfl.controller.state import Phase, Run, missing
 from metisfl.proto.records import Counted, Missing, RoundRecord, pool_metrics
 
 __all__ = ["record_of"]
@@ -23,13 +25,14 @@ def record_of(run: Run) -> RoundRecord | None:
     over = all(task.settled for task in run.tasks.values())
     if closed is None or plan is None or run.phase is not Phase.EVALUATING or not over:
         return None
+    previous = run.previous_record if run.recorded == run.round else run.record
     trained = {task.learner: task for task in run.trained.values()}
     evaluation, unevaluated = {}, []
     for task in sorted(run.tasks.values(), key=lambda task: task.learner):
         if task.counts and task.completion is not None:
             evaluation[task.learner] = dict(task.completion.metrics)
         else:
-            unevaluated.append(Missing(task.learner, task.reason))
+            unevaluated.append(missing(task))
     counted = []
     for one in closed.counted:
         completion = trained[one.learner].completion
@@ -47,12 +50,16 @@ def record_of(run: Run) -> RoundRecord | None:
     return RoundRecord(
         run_id=plan.run_id,
         round=run.round,
+        previous=previous,
         model_digest=closed.model_digest,
         opened_ns=run.opened_ns,
         closed_ns=run.closed_ns,
         evaluated_ns=max([run.closed_ns, *(task.settled_ns for task in run.tasks.values())]),
+        invited=tuple(
+            sorted([c.learner for c in closed.counted] + [m.learner for m in closed.missing])
+        ),
         counted=tuple(counted),
-        missing=tuple(Missing(one.learner, one.reason) for one in closed.missing),
+        missing=tuple(Missing(one.learner, one.kind, one.reason) for one in closed.missing),
         evaluation={name: dict(sorted(metrics.items())) for name, metrics in evaluation.items()},
         unevaluated=tuple(unevaluated),
         metrics=pool_metrics(evaluation.values()),
@@ -65,20 +72,21 @@ def _failed_round(run: Run) -> RoundRecord | None:
     if run.plan is None or not run.tasks or closed:
         return None
     tasks = sorted(run.tasks.values(), key=lambda task: task.learner)
+    absent = {**run.left_out, **{task.learner: missing(task) for task in tasks}}
     over_ns = max(task.settled_ns for task in tasks)
     return RoundRecord(
         run_id=run.plan.run_id,
         round=run.round,
+        previous=run.previous_record if run.recorded == run.round else run.record,
         model_digest=b"",
         opened_ns=run.opened_ns,
         closed_ns=over_ns,
         evaluated_ns=over_ns,
+        invited=tuple(sorted(absent)),
         counted=(),
         missing=tuple(
-            Missing(name, reason or "answered, but the round failed")
-            for name, reason in sorted(
-                {**run.left_out, **{task.learner: task.reason for task in tasks}}.items()
-            )
+            replace(one, reason=one.reason or "answered, but the round failed")
+            for _, one in sorted(absent.items())
         ),
         evaluation={},
         unevaluated=(),

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from google.protobuf.message import Message
 
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.records import Missing
 
-__all__ = ["Logged", "Phase", "Run", "Status", "Task", "Terms", "present"]
+__all__ = ["Logged", "Phase", "Run", "Status", "Task", "Terms", "missing", "present"]
 
 
 class Phase(Enum):
@@ -31,6 +32,7 @@ class Status(Enum):
     COMPLETED = "completed"
     EXCEEDED = "exceeded"  # the update does not fit the round's exponents; it waits at the site
     FAILED = "failed"
+    LEFT = "left"  # the learner has, and says why
     LAPSED = "lapsed"
 
 
@@ -73,7 +75,7 @@ class Task:
         """Nothing more is expected: it failed, lapsed, or its answer is complete."""
         if self.status is Status.COMPLETED:
             return self.kind == pb.EVALUATE or bool(self.stored_digest)
-        return self.status in (Status.EXCEEDED, Status.FAILED, Status.LAPSED)
+        return self.status not in (Status.INVITED, Status.ASSIGNED)
 
     @property
     def counts(self) -> bool:
@@ -91,20 +93,26 @@ class Run:
     asking: frozenset[str] = frozenset()  # joined, not yet admitted
     members: frozenset[str] = frozenset()
     absent: Mapping[str, str] = MappingProxyType({})  # left or did not join in time: why, by name
+    gone: frozenset[str] = frozenset()  # those of the absent that left by themselves
     declared: Mapping[str, int] = MappingProxyType({})  # examples, by name
     round: int = 0
     attempt: int = 0  # of the round: above 0 it was opened again
+    rescaled: int = 0  # how often of these for larger exponents
     reference_weight: float = 1.0
     exponents: tuple[int, ...] = ()  # of the open round, or those that the next one begins with
     model_digest: bytes = b""
     initialiser: str = ""  # who built the initial model
     tasks: Mapping[str, Task] = MappingProxyType({})  # of this phase, by task id
-    left_out: Mapping[str, str] = MappingProxyType({})  # of earlier attempts at this round: why
+    left_out: Mapping[str, Missing] = MappingProxyType({})  # of earlier attempts at this round
     trained: Mapping[str, Task] = MappingProxyType({})  # of the last closed round
     tried: frozenset[str] = frozenset()  # asked in vain for the initial model
     opened_ns: int = 0
     closed_ns: int = 0
     closed: pb.RoundClosed | None = None
+    recent_models: tuple[bytes, ...] = ()  # the newest, which a slow learner may still be fetching
+    record: bytes = b""  # digest of the newest record of this run
+    previous_record: bytes = b""  # of the one before it
+    recorded: int = -1  # the round that `record` is of
     finished: pb.RunFinished | None = None
     refused: Mapping[str, str] = MappingProxyType({})  # runs asked for in vain, not told yet: why
 
@@ -116,6 +124,7 @@ class Run:
         """Assert what holds between any two events."""
         assert self.members.isdisjoint(self.asking)
         assert self.absent.keys().isdisjoint(self.asking | self.members)
+        assert self.gone <= self.absent.keys()
         assert (self.plan is None) == (self.phase is Phase.IDLE)
         assert (self.finished is not None) == (self.phase is Phase.FINISHED)
         learners = [task.learner for task in self.tasks.values()]
@@ -134,3 +143,9 @@ class Run:
 def present(run: Run, plan: pb.RunStarted) -> list[str]:
     """The learners of the plan who are members now, by name."""
     return [name for name in plan.learners if name in run.members]
+
+
+def missing(task: Task) -> Missing:
+    """Why the answer to this task does not count."""
+    kind = {Status.LAPSED: "late", Status.LEFT: "left"}.get(task.status, "failed")
+    return Missing(task.learner, kind, task.reason)

@@ -72,6 +72,7 @@ def command(argv: list[str]) -> int:
         name="bench",
         rounds=rounds,
         quorum=options.learners,
+        waits_for_quorum=False,
         lease_s=LEASE_S,
         seed=0,
         privacy=options.privacy,

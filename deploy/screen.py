@@ -102,6 +102,8 @@ def _table(view: View) -> Table:
     from rich.table import Table
 
     title = f"round {view.round} of {view.rounds}"
+    if view.waits_for:
+        title += f" · waiting for {view.waits_for}"
     if text := shown_metric(view):
         title += f" · {text}"
     table = Table(title=title, title_justify="left", title_style="bold", expand=False)

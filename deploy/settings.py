@@ -86,6 +86,7 @@ class Federation:
     name: str
     rounds: int
     quorum: int
+    waits_for_quorum: bool
     lease_s: float
     seed: int
     privacy: str
@@ -181,8 +182,9 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
     app = App(found["app"]["object"], Path(os.path.realpath(folder / found["app"]["path"])))
     if not os.path.isdir(app.path):
         raise UserError(f"app.path: {app.path} is not a folder; relative paths start at the file's")
+    waits = run.pop("without_quorum") == "wait"
     return Federation(
-        **{**run, "quorum": quorum},
+        **{**run, "quorum": quorum, "waits_for_quorum": waits},
         encryption=encryption,
         training=Training(**found["training"]),
         app=app,
@@ -336,6 +338,7 @@ DOCUMENT = {
             "name": Key(_name),
             "rounds": Key(_integer(1, 100_000)),
             "quorum": Key(_integer(1, 1000), None),  # None: all learners
+            "without_quorum": Key(_choice("wait", "fail"), "wait"),
             "lease_s": Key(_number(1, 86_400), 60.0),
             "seed": Key(_integer(0, 2**63 - 1), 0),
             "privacy": Key(_choice("plain", "ckks"), "ckks"),

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.records import pool_metrics
 
-__all__ = ["LearnerView", "View", "lines", "readable_bytes", "shown_metric"]
+__all__ = ["LearnerView", "View", "lines", "readable_bytes", "shown_metric", "shown_missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class View:
         default_factory=lambda: MappingProxyType({})
     )
     finished: pb.RunFinished | None = None
+    missed: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # by learner, rounds without it
+    waits_for: str = ""  # in the controller's words
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -61,11 +63,14 @@ class View:
         if not self.started and not isinstance(message, (pb.LearnerJoined, pb.LearnerLeft)):
             return self
         if isinstance(message, pb.RoundOpened) and message.run_id == self.run_id:
-            return replace(self, round=message.round, stored=MappingProxyType({}))
+            stored = self.stored if message.keeps_updates else MappingProxyType({})
+            return replace(self, round=message.round, stored=stored)
         if isinstance(message, pb.RoundClosed) and message.run_id == self.run_id:
             return self._after_close(message)
         if isinstance(message, pb.RunFinished) and message.run_id == self.run_id:
             return replace(self, finished=message)
+        if isinstance(message, pb.ControllerStatus) and message.run_id == self.run_id:
+            return replace(self, waits_for=message.waits_for)
         name = getattr(message, "learner", "")
         if name not in self.learners:
             return self
@@ -74,14 +79,23 @@ class View:
             evaluated = {**self.evaluated, name: dict(message.metrics)}
             after = replace(self, evaluated=MappingProxyType(evaluated))
         elif isinstance(message, pb.UpdateStored):
-            stored = {**self.stored, name: message.update_bytes}
-            after = replace(self, stored=MappingProxyType(stored))
+            sizes = {**self.stored, name: message.update_bytes}
+            after = replace(self, stored=MappingProxyType(sizes))
         learner = _learner_after(self.learners[name], message)
         return replace(after, learners=MappingProxyType({**self.learners, name: learner}))
 
     def _after_close(self, closed: pb.RoundClosed) -> View:
         uploaded = sum(self.stored.get(one.learner, 0) for one in closed.counted)
-        return replace(self, closed=closed, uploaded=uploaded, evaluated=MappingProxyType({}))
+        missed = dict(self.missed)
+        for one in closed.missing if closed.round else ():
+            missed[one.learner] = (*missed.get(one.learner, ()), closed.round)
+        return replace(
+            self,
+            closed=closed,
+            uploaded=uploaded,
+            evaluated=MappingProxyType({}),
+            missed=MappingProxyType(missed),
+        )
 
 
 def _learner_after(learner: LearnerView, message: Message) -> LearnerView:
@@ -128,10 +142,24 @@ def lines(before: View, message: Message) -> list[str]:
         ]
     if isinstance(message, pb.LeaseEnded):
         return [f"{message.learner} was silent for {message.silent_s:.0f} s"]
+    if isinstance(message, pb.RoundOpened) and message.keeps_updates:
+        names = ", ".join(one.learner for one in message.invited)
+        return [
+            f"round {message.round} has {len(before.stored)} updates, fewer than its quorum; asked "
+            f"again: {names}"
+        ]
+    if isinstance(message, pb.ControllerStatus):
+        news = message.run_id == before.run_id and message.waits_for != before.waits_for
+        return [f"waiting for {message.waits_for}"] if news and _is_stuck(message) else []
     over = isinstance(message, (pb.RoundOpened, pb.RunFinished)) and message.run_id == before.run_id
     if over and before.closed is not None and before.closed.round == before.round:
         return [_round_line(before, before.closed)]
     return []
+
+
+def _is_stuck(status: pb.ControllerStatus) -> bool:
+    """Whether no learner is at work on what it waits for, as the quorum of a run."""
+    return not status.awaited_total and bool(status.waits_for)
 
 
 def _round_line(view: View, closed: pb.RoundClosed) -> str:
@@ -140,6 +168,14 @@ def _round_line(view: View, closed: pb.RoundClosed) -> str:
     asked = len(closed.counted) + len(closed.missing)
     line = f"round {closed.round} of {view.rounds}: {len(closed.counted)} of {asked} counted"
     return ", ".join([line, *filter(None, [shown_metric(view)])])
+
+
+def shown_missing(view: View) -> list[str]:
+    """Who is not in all rounds of the model: a line for each, for the end of a run."""
+    return [
+        f"{name} is not in {len(rounds)} of {view.round} rounds: {', '.join(map(str, rounds))}"
+        for name, rounds in sorted(view.missed.items())
+    ]
 
 
 def shown_metric(view: View) -> str:

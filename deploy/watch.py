@@ -95,6 +95,7 @@ def _run_started(federation: Federation, view: View) -> pb.RunStarted:
         rounds=federation.rounds,
         learners=list(view.learners),
         quorum=federation.quorum,
+        waits_for_quorum=federation.waits_for_quorum,
         lease_s=federation.lease_s,
         seed=federation.seed,
         privacy=federation.privacy,
@@ -117,10 +118,11 @@ class Follower:
         self._ignored: set[str] = set()
 
     async def listen(self) -> None:
-        """Take what the learners say of themselves, for ever."""
+        """Take what learners and controller say of themselves, for ever."""
         async for beat in self._client.beats(f"{self._federation}/beat/"):
             subject = topics.parse_topic(beat.topic).subject
-            self._take(beat.type, beat.payload, f"learner:{subject}", 0)
+            publisher = "controller" if subject == topics.ALL else f"learner:{subject}"
+            self._take(beat.type, beat.payload, publisher, 0)
 
     async def follow(self) -> None:
         """Return when the run is finished."""

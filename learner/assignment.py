@@ -41,6 +41,8 @@ def event_of(record: Record) -> t.Event | None:
     if isinstance(message, pb.RoundClosed):
         return t.RoundOver(message.run_id, message.round)
     if isinstance(message, pb.RunFinished):
+        outcome = pb.RunFinished.Outcome.Name(message.outcome)
+        _log.info("run finished", run=message.run_id, outcome=outcome, record=message.record.hex())
         return t.RunOver(message.run_id)
     return None
 

@@ -22,6 +22,8 @@ from metisfl.proto.tensors import NAME_CHARACTERS_MAX, TENSORS_MAX
 from metisfl.proto.topics import NAME
 
 __all__ = [
+    "ABSENCE_KINDS",
+    "AWAITED_MAX",
     "COUNT_MAX",
     "EVENT_TYPES",
     "LEARNERS_MAX",
@@ -37,6 +39,8 @@ __all__ = [
 
 PAYLOAD_BYTES_MAX: Final = 192 * 1024
 LEARNERS_MAX: Final = 1000
+ABSENCE_KINDS: Final = frozenset({"late", "failed", "left"})
+AWAITED_MAX: Final = 200
 METRICS_MAX: Final = 256
 METRIC_NAME_CHARACTERS_MAX: Final = 128
 COUNT_MAX: Final = 2**53  # of examples or batches: every float64 up to here is exact
@@ -114,6 +118,12 @@ def _metrics(values: Mapping[str, float]) -> str | None:
     return None
 
 
+def _absence(value: str) -> str | None:
+    if value in ABSENCE_KINDS:
+        return None
+    return f"is {value[:80]!r}; known are {', '.join(sorted(ABSENCE_KINDS))}"
+
+
 def _nested(message: Message) -> str | None:
     return _first_wrong(message)
 
@@ -126,17 +136,35 @@ _reason = _text(REASON_CHARACTERS_MAX)
 _seconds = _number(0, 1e9)
 _weight = _number(0, 1e18)
 _exponents = _each(_number(0, EXPONENT_MAX), most=TENSORS_MAX)
-_attempt = _number(0, EXPONENT_MAX)  # each raises at least one exponent
+_attempt = _number(0, 2**32 - 1)
 _state = _text(32, least=1)
 
 LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
     {
-        "Absence": {"learner": _name, "reason": _reason},
+        "Absence": {"learner": _name, "reason": _reason, "kind": _absence},
+        "Awaited": {
+            "learner": _name,
+            "task_id": _identifier(200, least=0),
+            "since_unix_ns": _number(0, 2**63 - 1),
+            "lease_left_s": _number(0, 86_400),
+        },
         "Contribution": {
             "learner": _name,
             "task_id": _task_id,
             "weight": _weight,
             "update_digest": _digest,
+        },
+        "ControllerStatus": {
+            "run_id": _identifier(64, least=0),
+            "phase": _state,
+            "round": _round,
+            "rounds": _round,
+            "quorum": _number(0, LEARNERS_MAX),
+            "counted": _number(0, LEARNERS_MAX),
+            "invited": _number(0, LEARNERS_MAX),
+            "waits_for": _reason,
+            "awaited": _each(_nested, most=AWAITED_MAX),
+            "awaited_total": _number(0, LEARNERS_MAX),
         },
         "Heartbeat": {"learner": _name, "state": _state},
         "Hyperparameters": {
@@ -172,6 +200,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "counted": _each(_nested, least=1, most=LEARNERS_MAX),
             "missing": _each(_nested, most=LEARNERS_MAX),
             "reference_weight": _weight,
+            "previous_record": _digest_or_none,
         },
         "RoundOpened": {
             "run_id": _run_id,
@@ -181,6 +210,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "attempt": _attempt,
             "reference_weight": _weight,
             "exponents": _exponents,
+            "keeps_updates": _number(0, 1),
         },
         "RunFinished": {
             "run_id": _run_id,
@@ -188,6 +218,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "reason": _reason,
             "model_digest": _digest_or_none,
             "rounds": _round,
+            "record": _digest_or_none,
         },
         "RunStarted": {
             "run_id": _run_id,
@@ -198,6 +229,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "seed": _number(0, 2**63 - 1),
             "privacy": _text(32, least=1),
             "hyperparameters": _nested,
+            "waits_for_quorum": _number(0, 1),
         },
         "ScaleExceeded": {
             "task_id": _task_id,
@@ -244,7 +276,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
     }
 )
 
-_PARTS = {"Absence", "Contribution", "Hyperparameters", "Invitation"}
+_PARTS = {"Absence", "Awaited", "Contribution", "Hyperparameters", "Invitation"}
 EVENT_TYPES: Final[Mapping[str, type[Message]]] = MappingProxyType(
     {name: getattr(pb, name) for name in LIMITS if name not in _PARTS}
 )

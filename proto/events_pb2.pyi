@@ -105,7 +105,7 @@ class Hyperparameters(_message.Message):
     def __init__(self, epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class RunStarted(_message.Message):
-    __slots__ = ("run_id", "rounds", "learners", "quorum", "lease_s", "seed", "privacy", "hyperparameters")
+    __slots__ = ("run_id", "rounds", "learners", "quorum", "lease_s", "seed", "privacy", "hyperparameters", "waits_for_quorum")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     LEARNERS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class RunStarted(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_QUORUM_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     rounds: int
     learners: _containers.RepeatedScalarFieldContainer[str]
@@ -122,10 +123,11 @@ class RunStarted(_message.Message):
     seed: int
     privacy: str
     hyperparameters: Hyperparameters
-    def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ...) -> None: ...
+    waits_for_quorum: bool
+    def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., waits_for_quorum: _Optional[bool] = ...) -> None: ...
 
 class RunFinished(_message.Message):
-    __slots__ = ("run_id", "outcome", "reason", "model_digest", "rounds")
+    __slots__ = ("run_id", "outcome", "reason", "model_digest", "rounds", "record")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[RunFinished.Outcome]
@@ -139,12 +141,14 @@ class RunFinished(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     outcome: RunFinished.Outcome
     reason: str
     model_digest: bytes
     rounds: int
-    def __init__(self, run_id: _Optional[str] = ..., outcome: _Optional[_Union[RunFinished.Outcome, str]] = ..., reason: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., rounds: _Optional[int] = ...) -> None: ...
+    record: bytes
+    def __init__(self, run_id: _Optional[str] = ..., outcome: _Optional[_Union[RunFinished.Outcome, str]] = ..., reason: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., rounds: _Optional[int] = ..., record: _Optional[bytes] = ...) -> None: ...
 
 class Invitation(_message.Message):
     __slots__ = ("learner", "task_id")
@@ -155,7 +159,7 @@ class Invitation(_message.Message):
     def __init__(self, learner: _Optional[str] = ..., task_id: _Optional[str] = ...) -> None: ...
 
 class RoundOpened(_message.Message):
-    __slots__ = ("run_id", "round", "model_digest", "invited", "attempt", "reference_weight", "exponents")
+    __slots__ = ("run_id", "round", "model_digest", "invited", "attempt", "reference_weight", "exponents", "keeps_updates")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +167,7 @@ class RoundOpened(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     EXPONENTS_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_UPDATES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     model_digest: bytes
@@ -170,7 +175,8 @@ class RoundOpened(_message.Message):
     attempt: int
     reference_weight: float
     exponents: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., invited: _Optional[_Iterable[_Union[Invitation, _Mapping]]] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ...) -> None: ...
+    keeps_updates: bool
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., invited: _Optional[_Iterable[_Union[Invitation, _Mapping]]] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ..., keeps_updates: _Optional[bool] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("learner", "task_id", "weight", "update_digest")
@@ -185,28 +191,32 @@ class Contribution(_message.Message):
     def __init__(self, learner: _Optional[str] = ..., task_id: _Optional[str] = ..., weight: _Optional[float] = ..., update_digest: _Optional[bytes] = ...) -> None: ...
 
 class Absence(_message.Message):
-    __slots__ = ("learner", "reason")
+    __slots__ = ("learner", "reason", "kind")
     LEARNER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     learner: str
     reason: str
-    def __init__(self, learner: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    kind: str
+    def __init__(self, learner: _Optional[str] = ..., reason: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class RoundClosed(_message.Message):
-    __slots__ = ("run_id", "round", "model_digest", "counted", "missing", "reference_weight")
+    __slots__ = ("run_id", "round", "model_digest", "counted", "missing", "reference_weight", "previous_record")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_RECORD_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     round: int
     model_digest: bytes
     counted: _containers.RepeatedCompositeFieldContainer[Contribution]
     missing: _containers.RepeatedCompositeFieldContainer[Absence]
     reference_weight: float
-    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., counted: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., missing: _Optional[_Iterable[_Union[Absence, _Mapping]]] = ..., reference_weight: _Optional[float] = ...) -> None: ...
+    previous_record: bytes
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., counted: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., missing: _Optional[_Iterable[_Union[Absence, _Mapping]]] = ..., reference_weight: _Optional[float] = ..., previous_record: _Optional[bytes] = ...) -> None: ...
 
 class TaskAssigned(_message.Message):
     __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model", "attempt", "reference_weight", "exponents", "privacy", "initial_seed")
@@ -338,6 +348,42 @@ class Heartbeat(_message.Message):
     learner: str
     state: str
     def __init__(self, learner: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+
+class Awaited(_message.Message):
+    __slots__ = ("learner", "task_id", "since_unix_ns", "lease_left_s")
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    learner: str
+    task_id: str
+    since_unix_ns: int
+    lease_left_s: float
+    def __init__(self, learner: _Optional[str] = ..., task_id: _Optional[str] = ..., since_unix_ns: _Optional[int] = ..., lease_left_s: _Optional[float] = ...) -> None: ...
+
+class ControllerStatus(_message.Message):
+    __slots__ = ("run_id", "phase", "round", "rounds", "quorum", "counted", "invited", "waits_for", "awaited", "awaited_total")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    QUORUM_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    INVITED_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    phase: str
+    round: int
+    rounds: int
+    quorum: int
+    counted: int
+    invited: int
+    waits_for: str
+    awaited: _containers.RepeatedCompositeFieldContainer[Awaited]
+    awaited_total: int
+    def __init__(self, run_id: _Optional[str] = ..., phase: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., quorum: _Optional[int] = ..., counted: _Optional[int] = ..., invited: _Optional[int] = ..., waits_for: _Optional[str] = ..., awaited: _Optional[_Iterable[_Union[Awaited, _Mapping]]] = ..., awaited_total: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("task_id", "learner", "state", "fraction", "metrics")

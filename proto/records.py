@@ -1,11 +1,14 @@
 """Round records: what a round was, kept on disk as msgpack for people and tools to read.
 
-Rule: a record says who was asked, who counted with which weight, and who did not and why. Nothing
+Rule 1: a record says who was asked, who counted with which weight, and who did not and why. Nothing
 in it is guessed: times are the log's, metrics are the sites' own.
+Rule 2: a record names the one before it by its digest, and the log names the newest (RoundClosed,
+RunFinished): whoever changes one later has to change the log of the broker and of every site, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,9 +18,17 @@ import msgpack
 
 from metisfl.proto.errors import MachineError
 
-__all__ = ["Counted", "Missing", "RoundRecord", "pack_record", "pool_metrics", "unpack_record"]
+__all__ = [
+    "Counted",
+    "Missing",
+    "RoundRecord",
+    "pack_record",
+    "pool_metrics",
+    "record_digest",
+    "unpack_record",
+]
 
-VERSION: Final = 1
+VERSION: Final = 2
 RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
@@ -35,9 +46,13 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """One learner that was asked and is not part of it."""
+    """One learner that was asked and is not part of it.
+
+    `kind`: "late" (its lease ended), "failed" (it said so, or its update was of no use), "left".
+    """
 
     learner: str
+    kind: str
     reason: str
 
 
@@ -47,10 +62,12 @@ class RoundRecord:
 
     run_id: str
     round: int
+    previous: bytes  # digest of the record before it; empty for the first
     model_digest: bytes  # empty if the round failed
     opened_ns: int
     closed_ns: int
     evaluated_ns: int
+    invited: tuple[str, ...]
     counted: tuple[Counted, ...]
     missing: tuple[Missing, ...]
     evaluation: Mapping[str, Mapping[str, float]]  # by learner
@@ -96,6 +113,11 @@ def pack_record(record: RoundRecord) -> bytes:
     return packed
 
 
+def record_digest(data: bytes) -> bytes:
+    """What the next record names this one by: SHA-256 of its bytes."""
+    return hashlib.sha256(data).digest()
+
+
 def unpack_record(data: bytes) -> RoundRecord:
     """Read a record. Raises MachineError for bytes that `pack_record` did not write."""
     if len(data) > RECORD_BYTES_MAX:
@@ -103,10 +125,11 @@ def unpack_record(data: bytes) -> RoundRecord:
     try:
         fields: dict[str, Any] = msgpack.unpackb(data)
         if fields.pop("version") != VERSION:
-            raise ValueError("its version is not 1")
+            raise ValueError(f"its version is not {VERSION}")
         return RoundRecord(
             **{
                 **fields,
+                "invited": tuple(fields["invited"]),
                 "counted": tuple(Counted(**one) for one in fields["counted"]),
                 "missing": tuple(Missing(**one) for one in fields["missing"]),
                 "unevaluated": tuple(Missing(**one) for one in fields["unevaluated"]),

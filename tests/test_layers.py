@@ -32,16 +32,26 @@ PURE = (
     "broker.access",
     "broker.dispatch",
     "broker.lane",
+    "broker.retention",
     "broker.sequencer",
+    "broker.status",
     "broker.window",
+    "controller.answers",
+    "controller.conductor",
+    "controller.effects",
     "controller.lease",
+    "controller.messages",
     "controller.plan",
+    "controller.quorum",
     "controller.record",
     "controller.round",
     "controller.scheduling",
+    "controller.snapshot",
     "controller.state",
+    "controller.status",
     "deploy.view",
     "learner.task",
+    "learner.task_events",
     "proto.bulk",
     "proto.chunk",
     "proto.ckks",
@@ -65,7 +75,13 @@ IMPURE_BUILTINS = frozenset({"breakpoint", "exec", "eval", "input", "open", "pri
 # What the other services link against, and the files behind it: the broker's own store and service
 # are never dragged along.
 CLIENT = "broker.client"
-BEHIND_CLIENT = ("broker.client", "broker.feed", "broker.link", "broker.outbox")
+BEHIND_CLIENT = (
+    "broker.client",
+    "broker.feed",
+    "broker.link",
+    "broker.outbox",
+    "broker.waiters",
+)
 
 # A heavy or delicate package enters through one file each. `deploy.examples` is what a user would
 # write: applications that only a learner loads.

@@ -40,3 +40,11 @@ def test_what_is_no_longer_awaited_cannot_end() -> None:
 def test_the_next_end_is_known_so_that_nobody_polls() -> None:
     assert Leases().next_end() is None
     assert Leases().watch([ADA], 3.0).next_end() == 13.0
+
+
+def test_while_nobody_can_be_heard_no_lease_runs() -> None:
+    leases = Leases().watch([ADA, BOB], 0.0).afresh(9.0)
+    assert leases.next_end() == 19.0
+    leases, ended = leases.end(20.0)
+    assert {one.wait.learner for one in ended} == {"ada", "bob"}
+    assert leases.afresh(21.0).end(99.0)[1] == (), "what has ended stays ended"

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from round_world import DIGEST, LEARNERS, World, counted, plan
 
+from metisfl.controller.messages import seed_of
 from metisfl.controller.round import apply
-from metisfl.controller.scheduling import decide, seed_of, waits
+from metisfl.controller.scheduling import decide, waits
+from metisfl.controller.snapshot import pack, unpack
 from metisfl.controller.state import Phase, Run, Status
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import encode
@@ -38,14 +40,15 @@ def test_a_run_without_trouble_counts_everyone_in_every_round() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 3))
-def test_every_history_adds_up(seed: int, rounds: int, quorum: int) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_every_history_adds_up(seed: int, rounds: int, quorum: int, waits_long: bool) -> None:
     rng, world = random.Random(seed), World()
-    world.log_event(plan(rounds, quorum), "driver:d")
+    world.log_event(plan(rounds, quorum, waits_for_quorum=waits_long), "driver:d")
     for _ in range(400):
+        assert unpack(pack(world.run), world.run.terms) == world.run, "a snapshot is the state"
         if world.run.phase is Phase.FINISHED:
             break
-        choices = ["perform"] * 4 + ["answer", "answer", "fail", "lapse", "repeat", "join"]
+        choices = ["perform"] * 4 + ["answer", "answer", "fail", "lapse", "repeat", "join", "leave"]
         choice = rng.choice([*choices, "stranger", "another run"])
         open_tasks = [t for t in world.run.tasks.values() if t.status is Status.ASSIGNED]
         if choice == "perform" and world.under_way:
@@ -71,6 +74,9 @@ def test_every_history_adds_up(seed: int, rounds: int, quorum: int) -> None:
         elif choice == "join":
             name = rng.choice(LEARNERS)
             world.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+        elif choice == "leave" and rng.random() < 0.1:
+            name = rng.choice(LEARNERS)
+            world.log_event(pb.LearnerLeft(learner=name, reason="gone"), f"learner:{name}")
         elif choice == "stranger":
             dropped = world.log_event(pb.MemberAdmitted(learner="mallory"), "learner:mallory")
             assert "may not send" in dropped
@@ -187,6 +193,20 @@ def test_who_asks_for_a_second_run_is_told_and_the_first_goes_on() -> None:
     world.log_event(plan(), "driver:other")
     world.perform_all()
     assert not finished(world, "r1"), "asking again for the run that is under way does not end it"
+
+
+def test_who_left_before_a_run_is_not_waited_for_but_may_come_back() -> None:
+    world = World()
+    for name in LEARNERS:
+        world.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+    world.log_event(pb.LearnerLeft(learner="cyd", reason="no data"), "learner:cyd")
+    world.log_event(plan(), "driver:d")
+    world.perform_all()
+    assert [wait.learner for wait in waits(world.run)] == ["ada"], "round 0 is open"
+    world.log_event(pb.LearnerJoined(learner="cyd"), "learner:cyd")
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    assert sorted(task.learner for task in world.run.tasks.values()) == list(LEARNERS)
 
 
 def test_a_plan_that_cannot_be_is_refused_with_the_reason() -> None:

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from round_world import LEARNERS, World, counted, plan
 
+from metisfl.controller.effects import Fold
 from metisfl.controller.plan import largest, reference_weight
 from metisfl.controller.round import apply
-from metisfl.controller.scheduling import Fold
 from metisfl.controller.state import Phase, Run, Status, Terms
 from metisfl.proto import events_pb2 as pb
 

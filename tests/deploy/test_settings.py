@@ -26,6 +26,7 @@ FULL = """\
 name = "hearts"
 rounds = 20
 quorum = 2
+without_quorum = "fail"
 lease_s = 30
 seed = 1
 privacy = "ckks"
@@ -86,6 +87,7 @@ def test_a_full_file_is_read_as_written(folder: Path) -> None:
         name="hearts",
         rounds=20,
         quorum=2,
+        waits_for_quorum=False,
         lease_s=30.0,
         seed=1,
         privacy="ckks",
@@ -106,6 +108,7 @@ def test_a_full_file_is_read_as_written(folder: Path) -> None:
 def test_a_short_file_gets_the_defaults(folder: Path) -> None:
     federation = load(folder, SHORT)
     assert federation.quorum == 2, "by default all learners"
+    assert federation.waits_for_quorum, "a site that is away for a while ends no run"
     assert federation.lease_s == 60.0
     assert federation.seed == 0
     assert federation.privacy == "ckks", "nothing leaves in plain unless somebody says so"
@@ -259,7 +262,7 @@ def test_a_file_that_is_not_there_is_named(folder: Path) -> None:
 
 
 def test_a_file_in_another_encoding_names_the_line(folder: Path) -> None:
-    with pytest.raises(UserError, match="line 22 is not UTF-8"):
+    with pytest.raises(UserError, match="line 23 is not UTF-8"):
         load(folder, FULL.replace("Hearts", "Hérts").encode("latin-1"))
 
 

@@ -6,7 +6,14 @@ from types import MappingProxyType
 
 from google.protobuf.message import Message
 
-from metisfl.deploy.view import LearnerView, View, lines, readable_bytes, shown_metric
+from metisfl.deploy.view import (
+    LearnerView,
+    View,
+    lines,
+    readable_bytes,
+    shown_metric,
+    shown_missing,
+)
 from metisfl.proto import events_pb2 as pb
 
 ASKED = View("r", 3, MappingProxyType({"ada": LearnerView(), "bob": LearnerView()}))
@@ -58,6 +65,31 @@ def test_a_round_that_nobody_scored_is_told_all_the_same() -> None:
     opened = pb.RoundOpened(run_id="r", round=2)
     _, printed = seen(opened, silent, message, pb.RunFinished(run_id="r"))
     assert printed == ["cyd was silent for 31 s", "round 2 of 3: 2 of 3 counted"]
+
+
+def test_a_round_that_waits_for_its_quorum_says_so_and_keeps_what_it_has() -> None:
+    again = pb.RoundOpened(run_id="r", round=2, attempt=1, keeps_updates=True)
+    again.invited.add(learner="bob", task_id="u")
+    view, printed = seen(pb.RoundOpened(run_id="r", round=2), stored("ada", 7), again)
+    assert printed == ["round 2 has 1 updates, fewer than its quorum; asked again: bob"]
+    assert dict(view.stored) == {"ada": 7}
+
+
+def test_a_run_that_waits_with_nobody_at_work_says_once_what_for() -> None:
+    stuck = pb.ControllerStatus(run_id="r", waits_for="the quorum: 1 of 2 learners are here")
+    busy = pb.ControllerStatus(run_id="r", waits_for="2 learners", awaited_total=2)
+    other = pb.ControllerStatus(run_id="s", waits_for="a driver that asks for a run")
+    view, printed = seen(busy, stuck, stuck, other, busy)
+    assert printed == ["waiting for the quorum: 1 of 2 learners are here"]
+    assert view.waits_for == "2 learners"
+
+
+def test_who_was_not_in_all_rounds_is_named_at_the_end() -> None:
+    messages = [closed(0), closed(1), closed(2)]
+    for message in messages:
+        message.missing.add(learner="cyd", reason="silent", kind="late")
+    view, _ = seen(pb.RoundOpened(run_id="r", round=2), *messages)
+    assert shown_missing(view) == ["cyd is not in 2 of 2 rounds: 1, 2"], "round 0 asks one only"
 
 
 def test_learners_are_shown_as_last_heard_of() -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
 
-from metisfl.controller.round import apply
-from metisfl.controller.scheduling import Fold, Publish, decide, round_closed
+from metisfl.controller.conductor import Conductor
+from metisfl.controller.effects import Fold, Publish
 from metisfl.controller.state import Logged, Run
 from metisfl.proto import events_pb2 as pb
 
@@ -16,7 +15,9 @@ LEARNERS = ("ada", "bob", "cyd")
 DIGEST = bytes(range(32))
 
 
-def plan(rounds: int = 2, quorum: int = 2, run_id: str = "r1") -> pb.RunStarted:
+def plan(
+    rounds: int = 2, quorum: int = 2, run_id: str = "r1", *, waits_for_quorum: bool = False
+) -> pb.RunStarted:
     return pb.RunStarted(
         run_id=run_id,
         rounds=rounds,
@@ -26,30 +27,36 @@ def plan(rounds: int = 2, quorum: int = 2, run_id: str = "r1") -> pb.RunStarted:
         seed=7,
         privacy="plain",
         hyperparameters=pb.Hyperparameters(epochs=1, batch_size=8),
+        waits_for_quorum=waits_for_quorum,
     )
 
 
-@dataclass
 class World:
-    """A log, the state it gives, and the effects that are under way."""
+    """A log, the conductor that follows it, and its effects that are under way."""
 
-    run: Run = field(default_factory=lambda: Run("f"))
-    log: list[Logged] = field(default_factory=list)
-    under_way: dict[str, Publish | Fold] = field(default_factory=dict)
+    def __init__(self, run: Run | None = None) -> None:
+        self.conductor = Conductor(run or Run("f"))
+        self.log: list[Logged] = []
+        self.under_way: dict[str, Publish | Fold] = {}
+
+    @property
+    def run(self) -> Run:
+        return self.conductor.run
 
     def log_event(self, message: Message, publisher: str) -> str:
         event = Logged(message, publisher, len(self.log))
         self.log.append(event)
-        self.run, dropped = apply(self.run, event)
+        dropped = self.conductor.take(event)
         self.run.validate()
-        for effect in decide(self.run):
-            self.under_way.setdefault(effect.key, effect)
+        for effect in self.conductor.due():
+            assert effect.key not in self.under_way, f"{effect.key} is begun twice"
+            self.under_way[effect.key] = effect
         return dropped
 
     def perform(self, key: str) -> None:
         effect = self.under_way.pop(key)
         if isinstance(effect, Fold):
-            effect = round_closed(self.run, effect, DIGEST)
+            effect = self.conductor.folded(effect, DIGEST)
         self.log_event(effect.message, "controller")
 
     def perform_all(self) -> None:

@@ -13,9 +13,10 @@ import pytest
 from google.protobuf.message import Message
 
 from metisfl.broker.client import Batch, Outbox, Record
+from metisfl.controller import shell
 from metisfl.controller.admission import Expected
-from metisfl.controller.scheduling import key_of
-from metisfl.controller.service import Controller
+from metisfl.controller.effects import key_of
+from metisfl.controller.shell import Controller
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.deploy.database import open_database
@@ -75,7 +76,7 @@ class Around:
         kind, payload = encode(message)
         record = Record(self._logged, self._logged, "f/run/all/", publisher, kind, "", payload)
         self.logged.append(record)
-        self._lane.put_nowait(Batch((record,), self._logged, True))
+        self._lane.put_nowait(Batch((record,), self._logged, True, 0))
 
     def flush(self) -> None:
         for sequence, _, data in self._outbox.rows(self._sent, 1000):
@@ -198,8 +199,8 @@ def test_a_restarted_controller_reads_all_of_the_log_before_it_acts(tmp_path: Pa
             log, decided = one.around.logged, one.outbox.last()
         again = World(tmp_path)
         with closing(again.connection):
-            batches = [Batch((record,), record.sequence, False) for record in log]
-            again.around.replayed = [*batches, Batch((), len(log), True)]
+            batches = [Batch((record,), record.sequence, False, 0) for record in log]
+            again.around.replayed = [*batches, Batch((), len(log), True, 0)]
             following = asyncio.create_task(again.controller.follow())
             # It has nothing to decide: the round is open and its task is being worked on.
             again.around.log("learner:ada", pb.TaskFailed(
@@ -211,6 +212,45 @@ def test_a_restarted_controller_reads_all_of_the_log_before_it_acts(tmp_path: Pa
             assert again.outbox.last() == decided + 1, "only the end of the run is new"
 
     asyncio.run(scenario())
+
+
+def test_a_restarted_controller_takes_its_snapshot_and_reads_only_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "SNAPSHOT_EVENTS", 7)
+
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            one.around.refused = "r.3.train.ada"
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            log, decided, state = one.around.logged, one.outbox.last(), one.controller.run
+        again = World(tmp_path)
+        with closing(again.connection):
+            known = again.outbox.cursor("f/")
+            assert len(log) - 7 < known <= len(log)
+            again.around.replayed = [
+                Batch((record,), record.sequence, record is log[-1], 0) for record in log[known:]
+            ]
+            following = asyncio.create_task(again.controller.follow())
+            while again.controller.run != state:
+                await asyncio.sleep(0)
+            following.cancel()
+            assert again.outbox.last() == decided, "nothing is decided again"
+
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))
+
+
+def test_a_controller_that_lost_what_the_log_no_longer_holds_does_not_guess(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        one = World(tmp_path)
+        with closing(one.connection):
+            one.around.replayed = [Batch((), 900, True, 800)]
+            with pytest.raises(
+                MachineError, match=r"log begins behind 800.*restore the newest copy"
+            ):
+                await one.controller.follow()
+
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))
 
 
 def test_a_learner_that_left_is_admitted_again(tmp_path: Path) -> None:
