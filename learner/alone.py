@@ -35,15 +35,15 @@ def accuracy_alone(
     """
     initial = next(iter(trainers.values())).initialise(derive_seed(seed, 0, "all"))
     accuracies = {}
+    unwatched = (lambda fraction, metrics: None), (lambda: False)
     for source, trainer in trainers.items():
         result = trainer.train(
             initial,
             hyperparameters,
             derive_seed(seed, 1, source),
-            lambda fraction, metrics: None,
-            lambda: False,
+            *unwatched,
         )
-        scores = [each.evaluate(result.tensors).metrics for each in trainers.values()]
+        scores = [each.evaluate(result.tensors, *unwatched).metrics for each in trainers.values()]
         accuracies[source] = _pooled_accuracy(scores)
         report(
             f"{source}: {result.examples} training examples, {result.batches} batches, "

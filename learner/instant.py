@@ -56,7 +56,9 @@ class Instant:
         trained = Tensor("vector", vector.array + np.float32(1), trainable=True)
         return TrainResult([trained], examples=1, batches=1)
 
-    def evaluate(self, tensors: Sequence[Tensor]) -> EvaluateResult:
+    def evaluate(
+        self, tensors: Sequence[Tensor], progress: ProgressCall, cancelled: Cancelled
+    ) -> EvaluateResult:
         (vector,) = tensors
         mean = float(vector.array.mean(dtype=np.float64))
         return EvaluateResult(examples=1, metrics={"test.mean": mean, "test.examples": 1.0})

@@ -139,7 +139,7 @@ class Jobs:
     def _evaluate(self, job: Job, tensors: Sequence[Tensor]) -> Result:
         started_s = time.perf_counter()
         with app_code("evaluation failed"):
-            scored = self._trainer.evaluate(tensors)
+            scored = self._trainer.evaluate(tensors, self._line.progress, self._line.cancelled)
         training_s = _since(started_s)
         if job.keep_folder is not None:
             job.keep_folder.mkdir(parents=True, exist_ok=True)

@@ -126,16 +126,23 @@ class KerasTrainer:
         _check_weights(trained)
         return TrainResult(trained, split.examples, batches, _finite(metrics))
 
-    def evaluate(self, tensors: Sequence[Tensor]) -> EvaluateResult:
+    def evaluate(
+        self, tensors: Sequence[Tensor], progress: ProgressCall, cancelled: Cancelled
+    ) -> EvaluateResult:
         """See Trainer. The model's own metrics, over all examples of a split together."""
         self._reset(tensors, 0)
         metrics: dict[str, float] = {}
-        for name in ("test", "validation"):
-            split = self._data[name]
+        splits = {name: self._data[name] for name in ("test", "validation")}
+        seen, examples = 0, sum(split.examples for split in splits.values())
+        for name, split in splits.items():
             self._model.reset_metrics()
             for x, y in _batches(split, np.arange(split.examples), EVALUATION_BATCH):
+                if cancelled():
+                    raise TaskCancelled("the task was cancelled")
                 with app_code(f"the model could not be evaluated on {name}"):
                     logs = self._model.test_on_batch(x, y, return_dict=True)
+                seen = min(seen + EVALUATION_BATCH, examples)
+                progress(seen / examples, {})
             for metric, value in _finite(_floats(logs)).items():
                 metrics[f"{name}.{metric}"] = value
             metrics[f"{name}.examples"] = float(split.examples)

@@ -92,8 +92,13 @@ class Trainer(Protocol):
     ) -> TrainResult:
         """Train from `tensors`. Raises TaskCancelled soon after `cancelled()` became true."""
 
-    def evaluate(self, tensors: Sequence[Tensor]) -> EvaluateResult:
-        """Score `tensors` on the test and validation splits."""
+    def evaluate(
+        self, tensors: Sequence[Tensor], progress: ProgressCall, cancelled: Cancelled
+    ) -> EvaluateResult:
+        """Score `tensors` on the test and validation splits. Raises TaskCancelled like `train`.
+
+        Who scores for longer than the federation's lease and reports no progress is taken for hung.
+        """
 
     def save(self, tensors: Sequence[Tensor], folder: Path) -> None:
         """Write the model to `folder` (which exists) in formats that others can open."""

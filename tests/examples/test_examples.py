@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from unwatched import UNWATCHED
 
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.learner.alone import accuracy_alone
@@ -82,7 +83,7 @@ def test_together_is_better_than_alone(folder: Path, at_least: float, better_by:
     federation, app = federation_of(folder), app_of(folder)
     trainers = {each.name: trainer_for(app, each.data) for each in federation.learners}
     model = train_together(federation, trainers)
-    scores = [trainer.evaluate(model).metrics for trainer in trainers.values()]
+    scores = [trainer.evaluate(model, *UNWATCHED).metrics for trainer in trainers.values()]
     examples = sum(score["test.examples"] for score in scores)
     together = sum(score["test.accuracy"] * score["test.examples"] for score in scores) / examples
     epochs_alone = hyperparameters_of(federation, federation.rounds)
@@ -204,7 +205,7 @@ def test_a_worker_gives_the_bits_that_a_trainer_gives_here(tmp_path: Path) -> No
     )
     assert write_model(tmp_path / "here", initial) == made
     assert write_model(tmp_path / "here", result.tensors) == trained
-    assert trainer.evaluate(result.tensors).metrics == metrics
+    assert trainer.evaluate(result.tensors, *UNWATCHED).metrics == metrics
     with open_model(update) as file, np.load(tmp_path / "kept" / "model.npz") as kept:
         for tensor in file.tensors():
             np.testing.assert_array_equal(kept[tensor.name], tensor.array)

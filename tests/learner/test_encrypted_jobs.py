@@ -58,7 +58,7 @@ class App:
         ]
         return TrainResult(after, self._examples, 3, {"loss": 0.5})
 
-    def evaluate(self, tensors: Sequence[Tensor]) -> EvaluateResult:
+    def evaluate(self, tensors: Sequence[Tensor], *_: object) -> EvaluateResult:
         return EvaluateResult(7, {"test.steps": float(tensors[1].array.sum())})
 
     def save(self, tensors: Sequence[Tensor], folder: Path) -> None:

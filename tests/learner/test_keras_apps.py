@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from unwatched import UNWATCHED
 
 from metisfl.learner.app import check_data, prepare_environment
 from metisfl.learner.trainer import Hyperparameters, TrainResult
@@ -133,7 +134,7 @@ def test_several_inputs_and_an_unbuilt_model() -> None:
         result = trained(trainer, Hyperparameters(1, 4))
         assert result.tensors[0].array.shape == (5, 1)
         assert result.batches == 2
-        assert trainer.evaluate(result.tensors).examples == 4
+        assert trainer.evaluate(result.tensors, *UNWATCHED).examples == 4
 
 
 def test_names_do_not_depend_on_what_was_built_before() -> None:
@@ -188,5 +189,5 @@ def test_the_saved_model_opens_without_us(tmp_path: Path) -> None:
     model = keras.models.load_model(tmp_path / "model.keras")
     x, y = data()["test"].x, data()["test"].y
     scored = model.evaluate(x, y, verbose=0, return_dict=True)
-    ours = trainer.evaluate(tensors).metrics
+    ours = trainer.evaluate(tensors, *UNWATCHED).metrics
     assert scored["accuracy"] == pytest.approx(ours["test.accuracy"])

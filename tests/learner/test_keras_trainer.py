@@ -117,7 +117,7 @@ def test_a_task_gives_the_same_bits_whatever_ran_before(trainer: Any) -> None:
     first = one_task(trainer)
     other = trainer.initialise(12)
     trainer.train(other, Hyperparameters(3, 7, 0.5), 6, ignore, never)
-    trainer.evaluate(other)
+    trainer.evaluate(other, ignore, never)
     assert one_task(trainer) == first, "after another task in the same trainer"
     assert one_task(KerasTrainer(Stateful(), data())) == first, "in a second trainer"
     assert one_task(trainer) == first, "in the first one, after a second one was made"
@@ -197,7 +197,10 @@ def test_training_reports_and_counts(trainer: Any) -> None:
 def test_training_learns(trainer: Any) -> None:
     initial = trainer.initialise(0)
     trained = trainer.train(initial, Hyperparameters(60, 16, 0.01), 0, ignore, never)
-    before, after = trainer.evaluate(initial).metrics, trainer.evaluate(trained.tensors).metrics
+    before, after = (
+        trainer.evaluate(initial, ignore, never).metrics,
+        trainer.evaluate(trained.tensors, ignore, never).metrics,
+    )
     assert after["test.loss"] < before["test.loss"]
     assert after["test.accuracy"] > 0.7
 
@@ -207,12 +210,12 @@ def test_evaluation_is_that_of_keras_on_the_whole_split(
 ) -> None:
     """Also when a split takes several batches, of which the last is smaller."""
     tensors = trainer.initialise(3)
-    whole = trainer.evaluate(tensors)
+    whole = trainer.evaluate(tensors, ignore, never)
     test = data()["test"]
     model = trainer._model
     expected = model.evaluate(test.x, test.y, verbose=0, return_dict=True)
     monkeypatch.setattr("metisfl.learner.keras_trainer.EVALUATION_BATCH", 5)
-    parts = trainer.evaluate(tensors)
+    parts = trainer.evaluate(tensors, ignore, never)
     assert whole.examples == 17
     assert whole.metrics["test.examples"] == 17
     assert whole.metrics["validation.examples"] == 11
@@ -224,8 +227,8 @@ def test_evaluation_is_that_of_keras_on_the_whole_split(
 def test_evaluation_changes_nothing(trainer: Any) -> None:
     tensors = trainer.initialise(3)
     before = bits(tensors)
-    first = trainer.evaluate(tensors)
-    assert trainer.evaluate(tensors) == first
+    first = trainer.evaluate(tensors, ignore, never)
+    assert trainer.evaluate(tensors, ignore, never) == first
     assert bits(tensors) == before
 
 
@@ -242,11 +245,24 @@ def test_a_cancelled_task_stops_between_batches(trainer: Any) -> None:
     assert len(told) == 3
 
 
+def test_evaluation_says_how_far_it_is_and_can_be_cancelled(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metisfl.learner.keras_trainer.EVALUATION_BATCH", 5)
+    tensors, told = trainer.initialise(0), []
+    trainer.evaluate(tensors, lambda fraction, metrics: told.append(fraction), never)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    del told[3:]
+    with pytest.raises(TaskCancelled):
+        trainer.evaluate(tensors, ignore, lambda: True)
+
+
 def test_a_model_of_another_form_is_refused(trainer: Any) -> None:
     tensors = trainer.initialise(0)
     tensors[0] = Tensor("dense/kernel", np.zeros((7, 8), np.float32), True)
     with pytest.raises(UserError, match=r"\(6, 8\) here and \(7, 8\) in the federation"):
-        trainer.evaluate(tensors)
+        trainer.evaluate(tensors, ignore, never)
 
 
 def test_a_loss_that_is_not_finite_names_the_epoch(trainer: Any) -> None:

@@ -46,7 +46,7 @@ class App:
         changed = Tensor("w", tensors[0].array + seed * epochs, True)
         return TrainResult([changed] * (2 if self.source == "grow" else 1), 10, 3, metrics)
 
-    def evaluate(self, tensors):
+    def evaluate(self, tensors, progress, cancelled):
         return EvaluateResult(7, {{"test.mean": float(tensors[0].array.mean())}})
 
     def save(self, tensors, folder):

@@ -32,7 +32,7 @@ class App:
         progress(0.5, {"": 1.0, "n" * 200: 1.0, "loss": 0.5})
         return TrainResult(tensors, int(self.source), np.int64(3))
 
-    def evaluate(self, tensors):
+    def evaluate(self, tensors, progress, cancelled):
         return EvaluateResult(int(self.source), {})
 
     def save(self, tensors, folder):

@@ -57,7 +57,7 @@ class Site:
             value = self._luck(seed).normal(0, 0.1, w.array.size).astype(np.float32)
         return TrainResult([Tensor("w", w.array + value, True)], self.count, 1, {"loss": 0.5})
 
-    def evaluate(self, tensors) -> EvaluateResult:  # type: ignore[no-untyped-def]
+    def evaluate(self, tensors, progress, cancelled) -> EvaluateResult:  # type: ignore[no-untyped-def]
         (w,) = tensors
         mean = float(w.array.mean(dtype=np.float64))
         return EvaluateResult(1, {"test.mean": mean, "test.examples": 1.0})
