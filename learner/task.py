@@ -1,8 +1,9 @@
-"""The life of a learner's tasks: queued, fetching, working, uploading, reported, forgotten.
+"""The life of a learner's task: fetching, working, uploading, reported, forgotten.
 
 Rule 1: every task that is accepted is reported exactly once, unless it is cancelled, replaced by a
-later attempt, or its round is over first.
-Rule 2: one task is active at a time, in the order of assignment.
+later one, or its round is over first.
+Rule 2: a learner has one task. The next one takes its place: it says that what was asked before is
+over, also to a learner that has not read so (the log was trimmed, or the end is in another lane).
 Rule 3: what is late, repeated or unknown changes nothing.
 Rule 4: `resume` gives the effects of a state that came back from disk: a trained update is sent,
 never trained again; work that was cut is done again, from the same inputs.
@@ -78,7 +79,6 @@ RUNS_REMEMBERED: Final = 4
 
 
 class Stage(Enum):
-    QUEUED = "queued"
     FETCHING = "fetching"
     WORKING = "working"
     UPLOADING = "uploading"
@@ -90,12 +90,12 @@ class Job:
     """A task and how far it is. An outcome before UPLOADING: it is trained, and to be sealed."""
 
     assigned: pb.TaskAssigned
-    stage: Stage = Stage.QUEUED
+    stage: Stage = Stage.FETCHING
     outcome: Outcome | None = None
 
     @property
     def active(self) -> bool:
-        return self.stage not in (Stage.QUEUED, Stage.REPORTED)
+        return self.stage is not Stage.REPORTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +110,11 @@ class Tasks:
 
     def validate(self) -> None:
         """Assert what holds between any two events."""
-        active = [job for job in self.jobs.values() if job.active]
-        queued = [job for job in self.jobs.values() if job.stage is Stage.QUEUED]
-        assert len(active) <= 1, "one task at a time"
-        assert active or not queued, "nobody waits while the learner is idle"
-        asked = [_asked(job.assigned) for job in self.jobs.values()]
-        assert len(set(asked)) == len(asked), "a round asks for one thing of a kind"
+        assert len(self.jobs) <= 1, "a task takes the place of the one before it"
         for job in self.jobs.values():
             if job.stage is Stage.FETCHING:
                 assert job.outcome is None, "what is trained needs no model"
-            if job.stage in (Stage.QUEUED, Stage.WORKING) and job.outcome is not None:
+            if job.stage is Stage.WORKING and job.outcome is not None:
                 assert job.outcome.trained_digest
                 assert not job.outcome.update_digest
             if job.stage is Stage.UPLOADING:
@@ -177,23 +172,17 @@ def resume(tasks: Tasks) -> tuple[Effect, ...]:
 
 
 def _assigned(tasks: Tasks, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect, ...]]:
-    if task.task_id in tasks.jobs or task.learner != tasks.learner or _is_over(tasks, task):
+    if task.learner != tasks.learner or _is_over(tasks, task):
         return tasks, ()
-    # The end of an older run may never be read: the log was trimmed, or this site was away.
-    tasks, effects = _forget(tasks, lambda job: _is_leftover(job, task))
-    asked = (job for job in tasks.jobs.values() if _asked(job.assigned) == _asked(task))
-    earlier = next(asked, None)
-    if earlier is None:
-        tasks, more = _advance(_put(tasks, Job(task)))
-    elif task.attempt > earlier.assigned.attempt:
-        tasks, more = _replace(tasks, earlier, task)
-    else:
-        more = ()
-    return tasks, effects + more
-
-
-def _is_leftover(job: Job, task: pb.TaskAssigned) -> bool:
-    return job.stage is Stage.REPORTED and job.assigned.run_id != task.run_id
+    outcome = None
+    for before in tasks.jobs.values():
+        if before.assigned.run_id == task.run_id and _place(before.assigned) >= _place(task):
+            return tasks, ()
+        if _asked(before.assigned) == _asked(task):
+            outcome = _unsealed(before.outcome)
+    tasks, effects = _forget(tasks, lambda job: True)
+    job = _started(Job(task, outcome=outcome))
+    return _put(tasks, job), (*effects, *_begin(job))
 
 
 def _asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
@@ -201,13 +190,9 @@ def _asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
     return task.run_id, task.round, task.kind
 
 
-def _replace(tasks: Tasks, earlier: Job, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect, ...]]:
-    """The later attempt `task` takes the place of an earlier one."""
-    jobs = {key: job for key, job in tasks.jobs.items() if job is not earlier}
-    left = replace(tasks, jobs=MappingProxyType(jobs))
-    after, effects = _advance(_put(left, Job(task, outcome=_unsealed(earlier.outcome))))
-    stop = (Stop(earlier.assigned.task_id),) if earlier.active else ()
-    return after, (*stop, Discard(earlier.assigned.task_id), *effects)
+def _place(task: pb.TaskAssigned) -> tuple[int, bool, int]:
+    """Where a task stands in its run."""
+    return task.round, task.kind == pb.EVALUATE, task.attempt
 
 
 def _unsealed(outcome: Outcome | None) -> Outcome | None:
@@ -238,8 +223,7 @@ def _completed(tasks: Tasks, job: Job, outcome: Outcome) -> pb.TaskCompleted:
 
 
 def _report(tasks: Tasks, job: Job, message: Answer) -> tuple[Tasks, tuple[Effect, ...]]:
-    after, effects = _advance(_put(tasks, replace(job, stage=Stage.REPORTED)))
-    return after, (Report(message), *effects)
+    return _put(tasks, replace(job, stage=Stage.REPORTED)), (Report(message),)
 
 
 def _note_over(tasks: Tasks, run_id: str, round_number: float) -> Tasks:
@@ -263,19 +247,7 @@ def _forget(tasks: Tasks, over: Callable[[Job], bool]) -> tuple[Tasks, tuple[Eff
     left = {key: job for key, job in tasks.jobs.items() if job not in gone}
     stops = tuple(Stop(job.assigned.task_id) for job in gone if job.active)
     discards = tuple(Discard(job.assigned.task_id) for job in gone)
-    after, effects = _advance(replace(tasks, jobs=MappingProxyType(left)))
-    return after, stops + discards + effects
-
-
-def _advance(tasks: Tasks) -> tuple[Tasks, tuple[Effect, ...]]:
-    """Start the oldest queued job if the learner is idle."""
-    if any(job.active for job in tasks.jobs.values()):
-        return tasks, ()
-    job = next((job for job in tasks.jobs.values() if job.stage is Stage.QUEUED), None)
-    if job is None:
-        return tasks, ()
-    started = _started(job)
-    return _put(tasks, started), _begin(started)
+    return replace(tasks, jobs=MappingProxyType(left)), stops + discards
 
 
 def _started(job: Job) -> Job:

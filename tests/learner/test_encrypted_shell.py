@@ -244,7 +244,7 @@ def test_a_model_is_verified_once_before_it_is_opened_if_the_key_says_so(
                 ada.around.log(sealed_task(1, kind=pb.EVALUATE))
                 assert (await ada.said(pb.TaskCompleted)).examples == 3
                 ada.around.answer = training
-                ada.around.log(sealed_task(1, attempt=1))
+                ada.around.log(sealed_task(2, attempt=1, model_digest=bytes([1]) * 32))
                 while (await ada.around.next())[0] != "upload":
                     pass
                 assert len(verified) == (mode == "full"), "once for both tasks"

@@ -116,12 +116,20 @@ def test_few_runs_are_remembered() -> None:
     assert list(tasks.over) == [f"run{number}" for number in range(16, 20)]
 
 
-def test_a_cancelled_task_is_stopped_and_the_next_one_starts() -> None:
+def test_a_cancelled_task_is_stopped() -> None:
     tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
-    tasks, nothing = t.handle(tasks, t.Assigned(assigned(2)))
-    assert nothing == (), "one task at a time"
     tasks, effects = t.handle(tasks, t.Cancelled("r.1.train"))
+    assert (tasks, effects) == (t.Tasks("ada"), (t.Stop("r.1.train"), t.Discard("r.1.train")))
+
+
+def test_the_next_task_takes_the_place_of_the_one_before_whose_end_was_never_read() -> None:
+    tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
+    tasks, effects = t.handle(tasks, t.Assigned(assigned(2)))
     assert effects == (t.Stop("r.1.train"), t.Discard("r.1.train"), t.Fetch(assigned(2)))
+    assert t.handle(tasks, t.Assigned(assigned(1))) == (tasks, ()), "an older one comes too late"
+    tasks, effects = t.handle(tasks, t.Assigned(assigned(2, "evaluate")))
+    assert effects[:2] == (t.Stop("r.2.train"), t.Discard("r.2.train"))
+    assert t.handle(tasks, t.Assigned(assigned(2, attempt=1))) == (tasks, ())
 
 
 def test_a_failure_is_reported_with_its_reason_and_the_learner_goes_on() -> None:
@@ -130,7 +138,7 @@ def test_a_failure_is_reported_with_its_reason_and_the_learner_goes_on() -> None
     assert isinstance(effects[0], t.Report)
     assert effects[0].message.reason.endswith("no rows")
     _, effects = t.handle(tasks, t.Assigned(assigned(2)))
-    assert effects == (t.Fetch(assigned(2)),)
+    assert effects == (t.Discard("r.1.train"), t.Fetch(assigned(2)))
 
 
 def test_a_restarted_learner_sends_a_trained_update_and_does_not_train_again() -> None:
@@ -200,16 +208,6 @@ def test_a_later_attempt_starts_anew_where_nothing_was_trained() -> None:
         assert effects == (*stop, t.Discard("r.1.train"), t.Fetch(again))
 
 
-def test_a_later_attempt_waits_its_turn_and_remembers_what_was_trained() -> None:
-    tasks = after(t.Exceeded("r.1.train", TRAINED, "w"), t.Assigned(assigned(2)), tasks=TRAINING)
-    again = assigned(1, attempt=1)
-    tasks, effects = t.handle(tasks, t.Assigned(again))
-    tasks.validate()
-    assert effects == (t.Discard("r.1.train"),)
-    _, effects = t.handle(tasks, t.Failed("r.2.train", "x"))
-    assert effects[1:] == (t.Work(again, TRAINED),)
-
-
 def test_an_attempt_that_is_not_later_changes_nothing() -> None:
     tasks = after(t.Assigned(assigned(1, attempt=2)))
     for attempt in (0, 1, 2):
@@ -229,16 +227,12 @@ def test_what_a_power_cut_took_is_sealed_again_or_trained_again() -> None:
 
 
 def test_only_what_belongs_to_a_run_ends_with_it() -> None:
-    other = pb.TaskAssigned()
-    other.CopyFrom(assigned(1))
-    other.task_id, other.run_id = "other.1.train", "other"
     tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(assigned(1)))
-    tasks, _ = t.handle(tasks, t.Assigned(other))
-    after, effects = t.handle(tasks, t.RoundOver("a third", 9))
-    assert (after.jobs, effects) == (tasks.jobs, ())
+    for end in (t.RoundOver("another", 9), t.RunOver("another")):
+        after, effects = t.handle(tasks, end)
+        assert (after.jobs, effects) == (tasks.jobs, ())
     tasks, effects = t.handle(tasks, t.RunOver("r"))
-    assert effects == (t.Stop("r.1.train"), t.Discard("r.1.train"), t.Fetch(other))
-    tasks, _ = t.handle(tasks, t.RunOver("other"))
+    assert effects == (t.Stop("r.1.train"), t.Discard("r.1.train"))
     assert not tasks.jobs
 
 
