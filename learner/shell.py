@@ -26,7 +26,15 @@ from metisfl.learner.home import Home, is_intact
 from metisfl.learner.state import TaskTable
 from metisfl.learner.transfer import BulkClient, DownloadRefused, NotEncrypted, UploadRefused
 from metisfl.learner.verification import NotTheFold, verify
-from metisfl.learner.worker import Progress, TrainingCancelled, TrainingError, Worker
+from metisfl.learner.worker import (
+    Job,
+    Progress,
+    Result,
+    TrainingCancelled,
+    TrainingError,
+    TrainingKilled,
+    Worker,
+)
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
 from metisfl.proto.bulk import Code
@@ -38,6 +46,7 @@ __all__ = ["SOFTWARE", "Learner"]
 
 BEAT_S: Final = 1.0
 CANCEL_GRACE_S: Final = 5.0
+KILLS_FORGIVEN: Final = 2  # of one task's process; an application that crashes always fails after
 ROOM_S: Final = 0.5  # between two offers to a controller whose disk is full; below any lease
 SOFTWARE: Final = f"metisfl {__version__}"
 
@@ -262,7 +271,7 @@ class Learner:
             return
         self._working = task.task_id
         try:
-            result = await self._worker.run(job_of(task, self._home, trained), on_progress)
+            result = await self._run(job_of(task, self._home, trained), on_progress)
         except TrainingCancelled as error:
             _log.info("stopped", why=str(error))
             return
@@ -282,6 +291,15 @@ class Learner:
             self._handle([t.Exceeded(task.task_id, outcome, result.exceeded)])
         else:
             self._handle([t.Done(task.task_id, outcome)], durable=result.durable)
+
+    async def _run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:
+        """Do a job; once more if its process was killed, since it is the same job then."""
+        for _ in range(KILLS_FORGIVEN):
+            try:
+                return await self._worker.run(job, on_progress)
+            except TrainingKilled as error:
+                _log.warning("doing it again", why=str(error))
+        return await self._worker.run(job, on_progress)
 
     async def _is_the_fold(self, task: pb.TaskAssigned) -> bool:
         """Whether the task's model is the fold of its updates, if this federation verifies.

@@ -39,7 +39,7 @@ LINKS_KEPT: Final = 2
 PROGRESS_S: Final = 0.5
 HWM: Final = 2 * WINDOW_CHUNKS + 8
 DEAD_LINK_MS: Final = 30_000
-RECONNECT_MS_MAX: Final = 2_000
+RECONNECT_MS_MAX: Final = 300  # one refused connection: cheap, and who is back is found soon
 
 OnProgress = Callable[[float], None]
 """Takes the fraction that has arrived; called at most twice a second, when a word has come."""

@@ -35,7 +35,15 @@ from metisfl.learner.worker_messages import (
 )
 from metisfl.proto.errors import MetisError
 
-__all__ = ["Job", "Progress", "Result", "TrainingCancelled", "TrainingError", "Worker"]
+__all__ = [
+    "Job",
+    "Progress",
+    "Result",
+    "TrainingCancelled",
+    "TrainingError",
+    "TrainingKilled",
+    "Worker",
+]
 
 EXIT_WAIT_S: Final = 5.0
 # The child gets our import path: it must find the same packages, however we were started.
@@ -51,6 +59,10 @@ class TrainingError(MetisError):
     def __init__(self, reason: str, fault: Fault) -> None:
         super().__init__(reason)
         self.fault = fault
+
+
+class TrainingKilled(TrainingError):
+    """A signal ended the process that worked, and nobody here has sent it."""
 
 
 class TrainingCancelled(TrainingError):
@@ -261,4 +273,4 @@ class Worker:
             )
         name = signal.Signals(-code).name
         hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
-        return TrainingError(f"the training process was killed by {name}{hint}", "machine")
+        return TrainingKilled(f"the training process was killed by {name}{hint}", "machine")
