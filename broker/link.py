@@ -24,7 +24,7 @@ DRAIN_MESSAGES: Final = 512
 RECEIVE_HWM: Final = 2000
 SEND_HWM: Final = 1000
 RECONNECT_MS: Final = (50, 150)  # at random, so that a federation does not come back in step
-RECONNECT_MS_MAX: Final = 1000
+RECONNECT_MS_MAX: Final = 300
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from metisfl.controller.state import Terms
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import PAYLOAD_BYTES_MAX
-from metisfl.proto.tensors import TENSORS_MAX
+from metisfl.proto.limits import TENSORS_MAX
 
 __all__ = ["largest", "reference_weight", "refusal"]
 

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.ckks import EXPONENT_MAX
 from metisfl.proto.errors import PeerError
-from metisfl.proto.tensors import NAME_CHARACTERS_MAX, TENSORS_MAX
+from metisfl.proto.limits import NAME_CHARACTERS_MAX, TENSORS_MAX
 from metisfl.proto.topics import NAME
 
 __all__ = [

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from metisfl.proto import ckks
 from metisfl.proto.errors import PeerError, UserError
+from metisfl.proto.limits import NAME_CHARACTERS_MAX, TENSORS_MAX
 from metisfl.proto.model_pb2 import Encryption, Manifest, TensorSpec
 from metisfl.proto.topics import NAME
 
@@ -33,9 +34,7 @@ __all__ = [
     "FLOATS",
     "ITEM_BYTES",
     "MANIFEST_BYTES_MAX",
-    "NAME_CHARACTERS_MAX",
     "PAYLOAD_BYTES_MAX",
-    "TENSORS_MAX",
     "Array",
     "Segment",
     "Tensor",
@@ -57,8 +56,6 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 ALIGNMENT: Final = 64
-TENSORS_MAX: Final = 4096
-NAME_CHARACTERS_MAX: Final = 256
 RANK_MAX: Final = 32
 MANIFEST_BYTES_MAX: Final = 252 * 1024  # with its frame it fits one bulk message of 256 KiB
 PAYLOAD_BYTES_MAX: Final = 1 << 50

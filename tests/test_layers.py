@@ -61,6 +61,7 @@ PURE = (
     "proto.errors",
     "proto.events",
     "proto.frames",
+    "proto.limits",
     "proto.records",
     "proto.topics",
 )

@@ -83,9 +83,9 @@ def test_patience_doubles_in_silence_and_recovers_with_a_word() -> None:
         waits.append(patience.deadline - now)
         now = patience.deadline
         patience.ask_again(now)
-    assert waits == [2, 4, 8, 16, 32, 60, 60, 60]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     patience.word(now + 0.1, progress=True)
-    assert patience.deadline == now + 0.1 + 2
+    assert patience.deadline == now + 0.1 + 1
 
 
 def test_patience_follows_a_link_that_needs_twelve_seconds_a_chunk() -> None:
