@@ -129,6 +129,8 @@ def _member_admitted(run: Run, event: Logged) -> tuple[Run, str]:
 def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
     opened = event.message
     assert isinstance(opened, pb.RoundOpened)
+    if why := _stale(run, opened.run_id):
+        return run, why
     if run.phase is Phase.TRAINING:
         if not _opens_again(run, opened):
             return run, f"round {opened.round} opened while round {run.round} is open"
@@ -150,6 +152,16 @@ def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
         tasks=_by_id([*kept, *(Task(i.task_id, i.learner, kind) for i in opened.invited)]),
         tried=run.tried | invited if opened.round == 0 else run.tried,
     ), ""
+
+
+def _stale(run: Run, run_id: str) -> str:
+    """Why an event of this run comes too late; "" if the run is under way.
+
+    Two decisions may be on their way at once, and the log may put another event before each.
+    """
+    if run.plan is not None and run.plan.run_id == run_id:
+        return ""
+    return f"of run {run_id}, which is not under way"
 
 
 def _opens_again(run: Run, opened: pb.RoundOpened) -> bool:
@@ -188,8 +200,13 @@ def _left_out(run: Run, opened: pb.RoundOpened) -> Mapping[str, Missing]:
 def _round_closed(run: Run, event: Logged) -> tuple[Run, str]:
     closed = event.message
     assert isinstance(closed, pb.RoundClosed)
+    if why := _stale(run, closed.run_id):
+        return run, why
     if closed.round != run.round:
         return run, f"round {closed.round} closed while {run.round} is open"
+    counted = {one.task_id: one.update_digest for one in closed.counted}
+    if counted != {t.task_id: t.stored_digest for t in run.tasks.values() if t.counts}:
+        return run, f"round {closed.round} closed with other updates than count now"
     assert run.plan is not None
     prefix = f"{run.plan.run_id}.{run.round}.evaluate"
     scored = present(run, run.plan) if run.round > 0 else []

@@ -317,6 +317,9 @@ def test_what_is_settled_stays_and_what_is_out_of_turn_is_dropped() -> None:
         pb.UpdateStored(task_id=done, learner="ada", digest=digest),
         pb.RoundOpened(run_id="r1", round=2, invited=invited),
         pb.RoundOpened(run_id="r1", round=0, invited=invited),
+        pb.RoundOpened(run_id="r0", round=2, invited=invited),
+        pb.RoundClosed(run_id="r0", round=1, model_digest=digest),
+        pb.RoundClosed(run_id="r1", round=1, model_digest=digest),
         pb.RoundClosed(run_id="r1", round=0, model_digest=digest),
         pb.RunFinished(run_id="another", outcome=pb.RunFinished.FAILED),
     ):

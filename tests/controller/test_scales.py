@@ -10,7 +10,7 @@ import random
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from round_world import LEARNERS, World, counted, plan
+from round_world import DIGEST, LEARNERS, World, counted, plan
 
 from metisfl.controller.effects import Fold
 from metisfl.controller.plan import largest, reference_weight
@@ -297,3 +297,24 @@ def test_whatever_the_sites_report_a_round_closes_with_exponents_that_fit_all(se
 def test_the_largest_exponents_are_taken_tensor_by_tensor() -> None:
     assert largest([(1, 5), (), (3, 2)]) == (3, 5)
     assert largest([]) == ()
+
+
+def test_a_fold_that_a_reopening_has_overtaken_closes_nothing() -> None:
+    """Both were decided, since somebody left in between; the log has the reopening first."""
+    world = begun()
+    world.complete("r1.1.train.ada", DECLARED["ada"], exponents=(2, 3))
+    world.complete("r1.1.train.cyd", DECLARED["cyd"], exponents=(2, 3))
+    exceeded = pb.ScaleExceeded(
+        task_id="r1.1.train.bob", learner="bob", tensor="w", exponents=(9, 9)
+    )
+    world.log_event(exceeded, "learner:bob")
+    assert "RoundOpened:r1:1:1" in world.under_way
+    world.log_event(pb.LearnerLeft(learner="bob", reason="reboot"), "learner:bob")
+    assert "RoundClosed:r1:1" in world.under_way
+    fold = world.under_way["RoundClosed:r1:1"]
+    assert isinstance(fold, Fold)
+    overtaken = world.conductor.folded(fold, DIGEST)
+    world.perform("RoundOpened:r1:1:1")
+    del world.under_way["RoundClosed:r1:1"]
+    assert "other updates than count now" in world.log_event(overtaken.message, "controller")
+    assert world.run.phase is Phase.TRAINING
