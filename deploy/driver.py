@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,8 +26,10 @@ from metisfl.deploy.run import Interrupted, StopSignal, run
 from metisfl.deploy.run_folder import RunFolder, create_run_folder
 from metisfl.deploy.screen import Screen, screen_for
 from metisfl.deploy.settings import Federation, load_federation
-from metisfl.deploy.view import View, readable_bytes, shown_metric
+from metisfl.deploy.supervisor import Supervisor
+from metisfl.deploy.view import View, readable_bytes, shown_metric, shown_missing
 from metisfl.deploy.watch import RunFailed, new_view, watch
+from metisfl.proto import events_pb2 as pb
 from metisfl.proto.model_file import header_of, open_model
 from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import plain_payload_bytes, serialise_manifest
@@ -52,8 +53,10 @@ class Outcome:
     privacy: str
     update_bytes: int
     plain_bytes: int
+    model_digest: bytes  # of the last community model: encrypted, every run has another one
     model: Path
     folder: Path
+    missed: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # by learner, rounds without it
 
 
 async def drive(
@@ -64,43 +67,42 @@ async def drive(
 ) -> Outcome:
     """Run `federation` once in `folder`, start to end. Raises MetisError if it does not complete.
 
-    `on_started` gets the process id of every daemon, by name, before the run is asked for.
+    `on_started` gets the process id of every daemon, by name, before the run is asked for; the
+    mapping stays true when one of them is started again.
     Cancel it to end the run: all processes are stopped before the cancellation goes on.
     """
     started = time.monotonic()
     view = new_view(federation)
     run_folder = create_run_folder(folder, list(view.learners))
-    daemons: list[processes.Daemon] = []
-    try:
-        with (
-            screen or screen_for(view) as shown,
-            closing(open_database(run_folder.driver / "driver.db")) as connection,
-        ):
+    with screen or screen_for(view) as shown:
+        supervisor = Supervisor(shown.say, spare=len(federation.learners) - federation.quorum)
+        try:
             if federation.privacy == "ckks":
                 shown.say(await give_key(federation, run_folder))
             endpoints = processes.free_endpoints(
                 [federation.ingress, federation.live, federation.bulk]
             )
-            await _start_daemons(federation, run_folder, endpoints, daemons)
+            await _start_daemons(federation, run_folder, endpoints, supervisor)
             if on_started is not None:
-                on_started({daemon.name: daemon.process.pid for daemon in daemons})
+                on_started(supervisor.pids)
             shown.say(
                 f"started broker, controller and {len(view.learners)} learners; "
                 f"logs in {run_folder.logs}"
             )
-            view = await watch(
-                federation,
-                endpoints=(endpoints[0], endpoints[1]),
-                identity=run_folder.driver_identity,
-                broker_public=run_folder.broker_public,
-                connection=connection,
-                view=view,
-                screen=shown,
-                meanwhile=partial(_notice_losses, daemons, federation, shown),
-            )
-        model = _keep_model(run_folder, view)
-    finally:
-        await processes.stop_all(daemons)
+            with closing(open_database(run_folder.driver / "driver.db")) as connection:
+                view = await watch(
+                    federation,
+                    endpoints=(endpoints[0], endpoints[1]),
+                    identity=run_folder.driver_identity,
+                    broker_public=run_folder.broker_public,
+                    connection=connection,
+                    view=view,
+                    screen=shown,
+                    meanwhile=supervisor.watch,
+                )
+            model = _keep_model(run_folder, view)
+        finally:
+            await supervisor.stop()
     return Outcome(
         run_id=view.run_id,
         rounds=view.round,
@@ -110,69 +112,34 @@ async def drive(
         privacy=federation.privacy,
         update_bytes=view.uploaded,
         plain_bytes=_plain_bytes(run_folder, view),
+        model_digest=_closed(view).model_digest,
         model=model,
         folder=folder,
+        missed=view.missed,
     )
 
 
 async def _start_daemons(
-    federation: Federation,
-    run_folder: RunFolder,
-    endpoints: list[str],
-    daemons: list[processes.Daemon],
+    federation: Federation, run_folder: RunFolder, endpoints: list[str], supervisor: Supervisor
 ) -> None:
+    async def start(name: str, service: str, home: Path, options: Mapping[str, str]) -> None:
+        module, log = f"metisfl.{service}.service", run_folder.logs / f"{name}.log"
+        await supervisor.start(name, module, {"home": str(home), **options}, log)
+
     ingress, live, bulk = endpoints
     wires = {"ingress": ingress, "live": live}
-    daemons.append(
-        await processes.start(
-            "broker",
-            "metisfl.broker.service",
-            {"home": str(run_folder.broker), **wires},
-            run_folder.logs / "broker.log",
-        )
-    )
-    wires = {"federation": federation.name, **wires, "bulk": bulk}
-    daemons.append(
-        await processes.start(
-            "controller",
-            "metisfl.controller.service",
-            {"home": str(run_folder.controller), **wires},
-            run_folder.logs / "controller.log",
-        )
-    )
+    await start("broker", "broker", run_folder.broker, wires)
+    wires |= {"federation": federation.name, "bulk": bulk}
+    await start("controller", "controller", run_folder.controller, wires)
     for learner in federation.learners:
         options = {
-            "home": str(run_folder.learners[learner.name]),
             "name": learner.name,
             "app": federation.app.object,
             "path": str(federation.app.path),
             "data": learner.data,
             **wires,
         }
-        log = run_folder.logs / f"{learner.name}.log"
-        daemons.append(await processes.start(learner.name, "metisfl.learner.service", options, log))
-
-
-async def _notice_losses(
-    daemons: list[processes.Daemon], federation: Federation, screen: Screen
-) -> None:
-    """Raise when the run cannot go on: a server ended, or more learners than the quorum spares."""
-    waits = {asyncio.ensure_future(one.process.wait()): one for one in daemons}
-    spare = len(federation.learners) - federation.quorum
-    pending = set(waits)
-    try:
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for wait in done:
-                lost = waits[wait]
-                spare -= 1
-                if lost.name in ("broker", "controller") or spare < 0:
-                    fault = processes.fault_of(lost.process.returncode or 0)
-                    raise fault(processes.last_words(lost))
-                screen.say(processes.last_words(lost))
-    finally:
-        for wait in pending:
-            wait.cancel()
+        await start(learner.name, "learner", run_folder.learners[learner.name], options)
 
 
 def _keep_model(run_folder: RunFolder, view: View) -> Path:
@@ -188,23 +155,34 @@ def _keep_model(run_folder: RunFolder, view: View) -> Path:
 
 def _plain_bytes(run_folder: RunFolder, view: View) -> int:
     """Bytes of the last round's updates as plain model files."""
-    assert view.closed is not None, "a completed run has closed a round"
-    path = run_folder.controller / "models" / f"{view.closed.model_digest.hex()}.model"
+    closed = _closed(view)
+    path = run_folder.controller / "models" / f"{closed.model_digest.hex()}.model"
     with open_model(path) as model:
         plain = Manifest(
             tensors=model.manifest.tensors, payload_bytes=plain_payload_bytes(model.manifest)
         )
     update = len(header_of(serialise_manifest(plain))) + plain.payload_bytes
-    return update * len(view.closed.counted)
+    return update * len(closed.counted)
 
 
-def up(federation: Federation, folder: Path) -> Outcome:
+def _closed(view: View) -> pb.RoundClosed:
+    """The last round of a completed run."""
+    assert view.closed is not None, "a completed run has closed a round"
+    return view.closed
+
+
+def up(
+    federation: Federation,
+    folder: Path,
+    screen: Screen | None = None,
+    on_started: Callable[[Mapping[str, int]], None] | None = None,
+) -> Outcome:
     """`drive` for a command: ends cleanly on Ctrl-C. Raises MetisError."""
     outcomes: list[Outcome] = []
 
     async def until_stopped(stop: StopSignal) -> None:
         logs.configure("metisfl", level="warning")
-        driving = asyncio.ensure_future(drive(federation, folder))
+        driving = asyncio.ensure_future(drive(federation, folder, screen, on_started))
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait({driving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not driving.done():
@@ -243,6 +221,8 @@ def command(argv: list[str]) -> int:
         print(json.dumps(as_json(outcome)))
     else:
         print(f"\n{outcome.rounds} rounds in {outcome.seconds:.1f} s; {_summary(outcome)}")
+        for line in shown_missing(outcome.rounds, outcome.missed):
+            print(line)
         print(updates_of_a_round(outcome))
         print(f"model: {outcome.model}")
     return 0
@@ -261,6 +241,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "seconds": round(outcome.seconds, 3),
         "metrics": dict(outcome.metrics),
         "learners": {name: dict(metrics) for name, metrics in outcome.by_learner.items()},
+        "missed": {name: list(rounds) for name, rounds in outcome.missed.items()},
         "privacy": outcome.privacy,
         "update_bytes": outcome.update_bytes,
         "plain_bytes": outcome.plain_bytes,

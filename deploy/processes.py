@@ -2,6 +2,7 @@
 
 Rule: a child never outlives the driver, even if that is killed, and whatever a child says goes to
 its log in the run folder; when it ends by itself, the end of that log is what the user is shown.
+Who is started again has the same options, and its log goes on.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from metisfl.deploy.run import PARENT_VARIABLE
 from metisfl.proto.errors import MachineError, MetisError, PeerError, UserError
 
-__all__ = ["Daemon", "fault_of", "free_endpoints", "last_words", "start", "stop_all"]
+__all__ = [
+    "Daemon",
+    "fault_of",
+    "free_endpoints",
+    "last_words",
+    "name_of_signal",
+    "start",
+    "start_again",
+    "stop_all",
+]
 
 STOP_GRACE_S: Final = 10.0
 LAST_WORDS: Final = 5
@@ -27,9 +37,10 @@ LAST_WORDS: Final = 5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Daemon:
-    """A running daemon. `name` is for people: "broker", "learner cleveland"."""
+    """A running daemon. `name` is for people: "broker", "cleveland"."""
 
     name: str
+    command: Sequence[str]
     log: Path
     process: asyncio.subprocess.Process
 
@@ -39,8 +50,17 @@ async def start(name: str, module: str, options: Mapping[str, str], log: Path) -
     command = [sys.executable, "-m", module]
     for option, value in options.items():
         command += [f"--{option}", value]
+    return Daemon(name, command, log, await _launch(command, log))
+
+
+async def start_again(ended: Daemon) -> Daemon:
+    """Start a daemon that has ended as it was started before. Call from the main thread."""
+    return replace(ended, process=await _launch(ended.command, ended.log))
+
+
+async def _launch(command: Sequence[str], log: Path) -> asyncio.subprocess.Process:
     with log.open("ab") as output:
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
@@ -48,7 +68,6 @@ async def start(name: str, module: str, options: Mapping[str, str], log: Path) -
             env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,  # Ctrl-C is the driver's; it asks its children to end
         )
-    return Daemon(name, log, process)
 
 
 async def stop_all(daemons: list[Daemon]) -> None:
@@ -69,9 +88,17 @@ def last_words(daemon: Daemon) -> str:
     """Why a daemon ended: how, and the last lines of its log."""
     code = daemon.process.returncode
     assert code is not None
-    how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    how = f"exit code {code}" if code >= 0 else name_of_signal(-code)
     text = daemon.log.read_text(errors="replace").splitlines()[-LAST_WORDS:]
     return "\n  ".join([f"{daemon.name} ended ({how}); {daemon.log} ends with", *text])
+
+
+def name_of_signal(number: int) -> str:
+    """SIGKILL for 9, and "signal 35" for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def fault_of(code: int) -> type[MetisError]:

@@ -19,7 +19,7 @@ from metisfl.deploy.keys import load_identity, load_servers
 from metisfl.deploy.run import Interrupted, StopSignal, first_end, run
 from metisfl.deploy.screen import screen_for
 from metisfl.deploy.settings import Federation, load_federation
-from metisfl.deploy.view import View, shown_metric
+from metisfl.deploy.view import View, shown_metric, shown_missing
 from metisfl.deploy.watch import new_view, watch
 from metisfl.proto.errors import UserError
 
@@ -67,6 +67,8 @@ def command(argv: list[str]) -> int:
         print(json.dumps(_as_json(views[0], seconds)))
     else:
         print(f"{views[0].round} rounds in {seconds:.1f} s; {shown_metric(views[0])}")
+        for line in shown_missing(views[0].round, views[0].missed):
+            print(line)
         print(f"each learner has the model in its home, under final/{views[0].run_id}")
     return 0
 
@@ -101,5 +103,6 @@ def _as_json(view: View, seconds: float) -> dict[str, object]:
         "rounds": view.round,
         "seconds": round(seconds, 3),
         "metrics": view.metrics,
+        "missed": {name: list(rounds) for name, rounds in view.missed.items()},
         "learners": {name: dict(metrics) for name, metrics in view.evaluated.items()},
     }

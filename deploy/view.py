@@ -6,7 +6,7 @@ of screen, is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -170,11 +170,11 @@ def _round_line(view: View, closed: pb.RoundClosed) -> str:
     return ", ".join([line, *filter(None, [shown_metric(view)])])
 
 
-def shown_missing(view: View) -> list[str]:
-    """Who is not in all rounds of the model: a line for each, for the end of a run."""
+def shown_missing(rounds: int, missed: Mapping[str, Sequence[int]]) -> list[str]:
+    """Who is not in all rounds of a model: a line for each, for the end of a run."""
     return [
-        f"{name} is not in {len(rounds)} of {view.round} rounds: {', '.join(map(str, rounds))}"
-        for name, rounds in sorted(view.missed.items())
+        f"{name} is not in {len(without)} of {rounds} rounds: {', '.join(map(str, without))}"
+        for name, without in sorted(missed.items())
     ]
 
 

@@ -89,7 +89,9 @@ def test_who_was_not_in_all_rounds_is_named_at_the_end() -> None:
     for message in messages:
         message.missing.add(learner="cyd", reason="silent", kind="late")
     view, _ = seen(pb.RoundOpened(run_id="r", round=2), *messages)
-    assert shown_missing(view) == ["cyd is not in 2 of 2 rounds: 1, 2"], "round 0 asks one only"
+    assert shown_missing(view.round, view.missed) == ["cyd is not in 2 of 2 rounds: 1, 2"], (
+        "round 0 asks one only"
+    )
 
 
 def test_learners_are_shown_as_last_heard_of() -> None:

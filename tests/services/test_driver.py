@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from driver_output import wait_for
+
+from metisfl.deploy.restarts import KILLS_MAX
 
 FOLDER = Path(__file__).parent
 FEDERATION = f"""
@@ -42,17 +45,28 @@ def start(folder: Path, text: str) -> subprocess.Popen[str]:
     )
 
 
-def daemons_in(folder: Path) -> list[int]:
-    """Processes whose command line names `folder`; a daemon's training child does not."""
+def daemons_in(folder: Path, home: str = "") -> list[int]:
+    """Processes whose command line names `folder`; a daemon's training child does not.
+
+    `home` is that of one daemon, such as "broker" or "learners/ada".
+    """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if str(folder / "run").encode() in command and b"service" in command:
+        if str(folder / "run" / home).encode() in command and b"service" in command:
             found.append(int(process.name))
     return found
+
+
+def kill_daemon(folder: Path, home: str) -> None:
+    """Kill one; it may have been started just now."""
+    deadline = time.monotonic() + 20
+    while not (found := daemons_in(folder, home)):
+        assert time.monotonic() < deadline, f"{home} has not come back"
+    os.kill(*found, signal.SIGKILL)
 
 
 def wait_until_gone(folder: Path) -> None:
@@ -110,6 +124,35 @@ def test_a_killed_driver_takes_its_processes_with_it(tmp_path: Path) -> None:
     driver.kill()
     driver.communicate()
     wait_until_gone(tmp_path)
+
+
+def test_a_daemon_that_is_killed_is_back_and_the_run_goes_on(tmp_path: Path) -> None:
+    driver = start(tmp_path, FEDERATION)
+    wait_for(driver, "round 1 of")
+    for home in ("broker", "controller", "learners/ada"):
+        kill_daemon(tmp_path, home)
+        name = home.rpartition("/")[2]
+        wait_for(driver, f"{name} was killed (SIGKILL); started again")
+        wait_for(driver, "2 of 2 counted")
+        wait_for(driver, "2 of 2 counted")  # one of these has needed it
+        assert len(daemons_in(tmp_path)) == 4
+    driver.send_signal(signal.SIGINT)
+    _, rest = driver.communicate(timeout=30)
+    assert driver.returncode == 130, rest
+    assert daemons_in(tmp_path) == []
+
+
+def test_who_is_killed_again_and_again_ends_the_run(tmp_path: Path) -> None:
+    driver = start(tmp_path, FEDERATION)
+    wait_for(driver, "round 1 of")
+    for _ in range(KILLS_MAX):
+        kill_daemon(tmp_path, "controller")
+        wait_for(driver, "controller was killed (SIGKILL); started again")
+    kill_daemon(tmp_path, "controller")
+    _, rest = driver.communicate(timeout=30)
+    assert driver.returncode == 3, rest
+    assert f"controller was killed {KILLS_MAX + 1} times within 60 s" in rest
+    assert daemons_in(tmp_path) == []
 
 
 def test_a_port_in_use_is_named_with_the_remedy(tmp_path: Path) -> None:
