@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from metisfl.deploy.demo_chaos import run_twice
 from metisfl.deploy.driver import Outcome, new_run_folder, up, updates_of_a_round
+from metisfl.deploy.options import whole_number
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.proto.errors import MachineError, UserError
 
@@ -46,6 +48,13 @@ def command(argv: list[str]) -> int:
         help="whether updates leave a hospital encrypted (ckks, the default) or not (plain)",
     )
     parser.add_argument(
+        "--chaos",
+        type=whole_number(0, 2**63 - 1),
+        metavar="SEED",
+        help="run twice, the second time with broker, controller and two hospitals killed at "
+        "moments that SEED chooses, and compare the final models bit by bit",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout at the end"
     )
     options = parser.parse_args(argv)
@@ -54,6 +63,8 @@ def command(argv: list[str]) -> int:
     changes = {"rounds": options.rounds, "seed": options.seed, "privacy": options.privacy}
     federation = load_federation(_write_example(folder, changes))
     _say(f"four hospitals, {federation.rounds} rounds; the federation is {folder}/federation.toml")
+    if options.chaos is not None:
+        return run_twice(federation, folder, options.chaos, as_json=options.json)
     outcome = up(federation, folder / "run")
     _say("now each hospital alone, with as many epochs on its own patients")
     alone = asyncio.run(_train_alone(federation))
