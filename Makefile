@@ -19,6 +19,8 @@ NEED_CC  := printf '\043include <stdio.h>\nint main(void) { return 0; }\n' | \
 	{ echo 'a C compiler is missing: apt-get install build-essential' >&2; exit 2; }
 
 FUZZ_S   := 5
+SEEDS    := 10000
+FIRST    := 0
 NEED_FUZZER := echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
 	clang -x c -fsanitize=fuzzer -o /dev/null - 2>/dev/null || \
 	{ echo 'libFuzzer is missing: apt-get install clang' >&2; exit 2; }
@@ -33,7 +35,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONUNBUFFERED PYTHONDONTWRITEBYTEC
 
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check bench lock proto clean \
+.PHONY: help setup demo test test-all simulate check bench lock proto clean \
 	check-format check-types check-rules check-proto check-lock check-units check-c check-fuzz
 
 help: ## this list
@@ -45,10 +47,14 @@ setup: $(BUILT) ## make .venv with everything in it (the other targets do this b
 demo: $(BUILT) ## run a whole federation on this machine: broker, controller, learners
 	@$(BIN)/metisfl demo $(ARGS)
 
-test: $(BUILT) $(LINKS) ## run all tests
-	@$(BIN)/python -Im pytest $(ARGS)
+test: $(BUILT) $(LINKS) ## run the tests, but for those that kill, cut and fill what is real
+	@$(BIN)/pytest -m 'not chaos' $(ARGS)
 
-test-all: test ## the same, with the slow ones once there are any
+test-all: test ## run all tests, those included
+	@$(BIN)/pytest -m chaos $(ARGS)
+
+simulate: $(BUILT) ## run the cores in a bad world of their own (SEEDS=10000 from FIRST=0)
+	@$(BIN)/python -I tests/simulation --seeds $(SEEDS) --first $(FIRST)
 
 check: check-lock check-format check-types check-rules check-proto check-units check-c check-fuzz ## everything else that must hold before a commit
 	@$(SAY) check 'all good'

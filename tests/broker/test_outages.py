@@ -6,11 +6,12 @@ import asyncio
 import resource
 import shutil
 import signal
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any
 
 import pytest
 from client_stories import PATIENCE_S, read, run, soon, until
+from wire import Wire
 
 from metisfl.broker.client import BrokerClient, Record
 from metisfl.broker.window import Fenced, HistoryLost
@@ -51,45 +52,6 @@ def test_a_killed_broker_loses_nothing_that_it_acknowledged(broker: Any, site: A
     assert len(acked_at_kill) == 3
     assert broker.log("f") == [("learner:l1", number) for number in range(1, total + 1)]
     assert [record.sequence for record in records] == list(range(1, total + 1))
-
-
-class Wire:
-    """A TCP relay to one endpoint, whose connections can be cut as by a bad network."""
-
-    def __init__(self, endpoint: str) -> None:
-        self._port = int(endpoint.rpartition(":")[2])
-        self._streams: list[asyncio.StreamWriter] = []
-        self.tasks: list[asyncio.Task[None]] = []
-
-    async def open(self) -> str:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    def cut(self) -> int:
-        count = len(self._streams) // 2
-        for stream in self._streams:
-            stream.transport.abort()
-        self._streams.clear()
-        return count
-
-    async def close(self) -> None:
-        self._server.close()
-        await self._server.wait_closed()
-        self.cut()
-        await asyncio.gather(*self.tasks)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        self._streams += [writer, far_writer]
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            self.tasks.append(asyncio.create_task(self._carry(source, sink)))
-
-    @staticmethod
-    async def _carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await source.read(65536):
-                sink.write(data)
-        sink.transport.abort()
 
 
 def test_cut_connections_lose_nothing(broker: Any, site: Any) -> None:

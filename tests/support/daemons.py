@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -39,24 +40,47 @@ class Daemons:
     """A federation of daemons started by hand, each as its own process."""
 
     def __init__(
-        self, folder: Path, sites: dict[str, str], *, encrypted: bool = False, late: str = ""
+        self,
+        folder: Path,
+        sites: dict[str, str],
+        *,
+        encrypted: bool = False,
+        late: str = "",
+        app: str = "paused:Site",
+        wires: bool = False,
+        started: bool = True,
     ) -> None:
-        """`sites` gives each site's behaviour. `late` is one that is not started yet."""
+        """`sites` gives each site's behaviour. `late` is one that is not started yet.
+
+        With `wires` everybody connects to endpoints of their own, `near`, which the test must
+        relay to those that the servers bind. `started` False: the test starts all of them.
+        """
         self.folder = folder
         self.sites = sites
         self.privacy = "ckks" if encrypted else "plain"
         self.pause = folder / "pause"
-        app = APP.format(folder=str(APPS), pause=str(self.pause))
-        (folder / "paused.py").write_text(app)
+        paused = APP.format(folder=str(APPS), pause=str(self.pause))
+        (folder / "paused.py").write_text(paused)
         self.homes: RunFolder = create_run_folder(folder / "run", list(sites))
+        self.app = app
         self.ingress, self.live, self.bulk = free_endpoints(["tcp://127.0.0.1:0"] * 3)
+        self.near = {"ingress": self.ingress, "live": self.live, "bulk": self.bulk}
+        if wires:
+            found = free_endpoints(["tcp://127.0.0.1:0"] * 3)
+            self.near = dict(zip(self.near, found, strict=True))
+        self.environments: dict[str, dict[str, str]] = {}
+        """What is added to a daemon's environment, by name."""
         self.running: dict[str, subprocess.Popen[str]] = {}
         self.drivers: list[subprocess.Popen[str]] = []
         if encrypted:
             self._give_key()
-        for name in ("broker", "controller", *sites):
+        for name in self.names if started else ():
             if name != late:
                 self.start(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("broker", "controller", *self.sites)
 
     def _give_key(self) -> None:
         made = self.folder / "key"
@@ -71,15 +95,19 @@ class Daemons:
         options = {"ingress": self.ingress, "live": self.live}
         home = self.homes.learners.get(name, self.homes.folder / name)
         if name != "broker":
+            options = {"ingress": self.near["ingress"], "live": self.near["live"]}
             options |= {"federation": "outages", "bulk": self.bulk}
         if name in self.sites:
-            options |= {"name": name, "app": "paused:Site", "data": self.sites[name]}
-            options["path"] = str(self.folder)
+            options |= {"name": name, "app": self.app, "data": self.sites[name]}
+            options |= {"path": str(self.folder), "bulk": self.near["bulk"]}
         service = "learner" if name in self.sites else name
         command = [sys.executable, "-m", f"metisfl.{service}.service", "--home", str(home)]
         command += [part for key, value in options.items() for part in (f"--{key}", value)]
         with (self.homes.logs / f"{name}.log").open("a") as log:
-            self.running[name] = subprocess.Popen(command, stderr=log, stdout=log, text=True)
+            environment = {**os.environ, **self.environments.get(name, {})}
+            self.running[name] = subprocess.Popen(
+                command, stderr=log, stdout=log, text=True, env=environment
+            )
 
     def end(self, name: str, number: int) -> None:
         self.running[name].send_signal(number)
@@ -89,15 +117,21 @@ class Daemons:
         self.end(name, number)
         self.start(name)
 
-    def run(self, rounds: int, quorum: int = 2, lease_s: float = 60) -> subprocess.Popen[str]:
-        """`metisfl run`."""
+    def write_federation(self, rounds: int, quorum: int = 2, lease_s: float = 60) -> Path:
+        """The file that asks for a run of these daemons."""
         text = f"[federation]\nname = 'outages'\nrounds = {rounds}\nquorum = {quorum}\n"
         text += f"privacy = '{self.privacy}'\nlease_s = {lease_s}\n"
-        text += f"[app]\nobject = 'paused:Site'\npath = '{self.folder}'\n"
+        text += f"[app]\nobject = '{self.app}'\npath = '{self.folder}'\n"
         text += f"[broker]\ningress = '{self.ingress}'\nlive = '{self.live}'\n"
         text += "".join(f"[[learners]]\nname = '{name}'\n" for name in self.sites)
-        (self.folder / "federation.toml").write_text(text)
-        command = [METISFL, "run", self.folder / "federation.toml", "--home", self.homes.driver]
+        path = self.folder / "federation.toml"
+        path.write_text(text)
+        return path
+
+    def run(self, rounds: int, quorum: int = 2, lease_s: float = 60) -> subprocess.Popen[str]:
+        """`metisfl run`."""
+        path = self.write_federation(rounds, quorum, lease_s)
+        command = [METISFL, "run", path, "--home", self.homes.driver]
         driver = subprocess.Popen(
             [str(part) for part in command],
             stderr=subprocess.PIPE,

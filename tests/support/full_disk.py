@@ -1,0 +1,52 @@
+"""A small disk of its own under one folder, which can be filled and emptied. Needs root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a file system."""
+    return os.geteuid() == 0 and shutil.which("mount") is not None
+
+
+class SmallDisk:
+    """What is in `folder` is on a disk of `mib` MiB."""
+
+    def __init__(self, folder: Path, mib: int) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        options = f"size={mib}m,mode=0700"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+        self._filler = folder / "filler"
+
+    def fill(self) -> None:
+        """Leave not a byte."""
+        with self._filler.open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(MIB // 16)):
+                    pass
+            except OSError:
+                return
+
+    def empty(self) -> None:
+        self._filler.unlink()
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+
+@contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[SmallDisk]:
+    disk = SmallDisk(folder, mib)
+    try:
+        yield disk
+    finally:
+        disk.unmount()
