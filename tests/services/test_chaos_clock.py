@@ -18,10 +18,7 @@ from metisfl.deploy.view import View
 from metisfl.proto import events_pb2 as pb
 
 LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.skipif(not LIBRARIES, reason="needs libfaketime (apt-get install faketime)"),
-]
+pytestmark = pytest.mark.chaos
 
 SITES = {"ada": "0.15", "bob": "0.2"}
 JUMPS = {
@@ -37,6 +34,7 @@ ROUNDS = 16
 
 @pytest.fixture(params=["plain", "ckks"])
 def daemons(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemons]:
+    assert LIBRARIES, "libfaketime is missing: apt-get install faketime"
     encrypted = request.param == "ckks"
     daemons = Daemons(tmp_path, SITES, encrypted=encrypted, app=APP, started=False)
     for name in daemons.names:

@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 from client_stories import until
 from daemons import Daemons
-from full_disk import SmallDisk, can_mount, small_disk
+from full_disk import SmallDisk, small_disk
 from google.protobuf.message import Message
 from watched import APP, check, digest_of, said_by, watched
 
 from metisfl.deploy.view import View
 from metisfl.proto import events_pb2 as pb
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.skipif(not can_mount(), reason="mounts a small disk, which takes root"),
-]
+pytestmark = pytest.mark.chaos
 
 SITES = {"ada": "0.15", "bob": "0.2"}
 ROUNDS = 6
