@@ -61,7 +61,7 @@ check: check-lock check-format check-types check-rules check-proto check-units c
 
 bench: $(BUILT) ## measure events, fold and rounds on this machine; one JSON document each
 	@for bench in events fold 'fold --scheme ckks --params 1000000 --peers' crypto round \
-		'round --privacy ckks'; do $(BIN)/metisfl bench $$bench --json || exit; done
+		'round --privacy ckks' recovery; do $(BIN)/metisfl bench $$bench --json || exit; done
 
 lock: $(LOCKED) ## resolve pyproject.toml into deploy/requirements anew (ARGS=--upgrade: newest)
 	@$(SAY) lock 'resolving for Python 3.10 and 3.12'
