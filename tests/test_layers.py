@@ -49,6 +49,7 @@ PURE = (
     "controller.snapshot",
     "controller.state",
     "controller.status",
+    "deploy.restarts",
     "deploy.view",
     "learner.task",
     "learner.task_events",
