@@ -80,11 +80,12 @@ class Ledger:
         run.closed[closed.round] = closed
         counted = [one.learner for one in closed.counted]
         missing = [one.learner for one in closed.missing]
-        if sorted(counted + missing) != sorted(run.invited[closed.round]):
+        invited = sorted(run.invited.get(closed.round, ()))
+        if sorted(counted + missing) != invited:
             raise Broken(
                 "I5",
-                f"round {closed.round}: counted {counted}, missing {missing}, invited "
-                f"{sorted(run.invited[closed.round])}",
+                f"round {closed.round} of {closed.run_id}: counted {counted}, missing {missing}, "
+                f"invited {invited}",
             )
         if closed.round > 0 and len(counted) < run.plan.quorum:
             raise Broken("I5", f"round {closed.round} counts {counted}, fewer than its quorum")

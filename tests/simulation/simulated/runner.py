@@ -36,8 +36,15 @@ class Block:
 
 def simulate_block(seeds: range) -> Block:
     """One process's share. Ends with the first failure."""
-    gc.collect()  # a world is full of circles, and so is the next: all of them go here
-    gc.disable()
+    gc.disable()  # a world is full of circles, and so is the next: all of them go in the end
+    try:
+        return _simulate(seeds)
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+def _simulate(seeds: range) -> Block:
     done = rounds = 0
     virtual_s = 0.0
     for seed in seeds:
