@@ -1,7 +1,8 @@
 """What goes wrong, and when.
 
-Law: until `faults_until` anything may happen to anybody, several things at once; then nothing more
-does, every node thaws and comes back, and the federation must come to its end.
+Law: until `faults_until`, or the end of the last run, anything may happen to anybody, several
+things at once; then nothing more does, every node thaws and comes back, and the federation must
+come to its end.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Faults:
 
     def begin(self) -> None:
         if not self._scenario.faults:
-            self._calm()
+            self.end()
             return
         choose = self._random
         self._scheduler.crash_chance = self._scenario.crash_chance
@@ -46,7 +47,7 @@ class Faults:
         self._controller.spoil_chance = choose.choice((0.0, 0.2))
         self._weather()
         self._next()
-        self._scheduler.at(self._scenario.faults_until, None, self._calm)
+        self._scheduler.at(self._scenario.faults_until, None, self.end)
 
     def _next(self) -> None:
         delay_s = self._random.expovariate(1 / self._scenario.fault_every_s)
@@ -71,8 +72,11 @@ class Faults:
         fault()
         self._next()
 
-    def _calm(self) -> None:
+    def end(self) -> None:
+        """Nothing more goes wrong."""
         scheduler = self._scheduler
+        if scheduler.calm:
+            return
         scheduler.say("world", "is calm")
         scheduler.calm = True
         scheduler.crash_chance = 0.0

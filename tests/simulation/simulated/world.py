@@ -88,6 +88,8 @@ class World:
 
     def _look(self) -> None:
         scheduler = self.scheduler
+        if self.driver.ended:
+            self._faults.end()  # whatever goes wrong now has nobody left to hurt
         if scheduler.calm:
             if self._calm_at is None:
                 self._calm_at = scheduler.now
