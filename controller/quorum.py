@@ -1,4 +1,4 @@
-"""Who may still bring an update to the open round, where a run waits for its quorum.
+"""Who may still bring an update to this round, or the next, where a run waits for its quorum.
 
 Rule: silence is waited for, a refusal is not. Who has said that it cannot (it failed or left) makes
 up no quorum; who was silent or has not come is asked again, as often as it takes. A run that does
@@ -7,7 +7,7 @@ not wait fails with the first round that lacks its quorum.
 
 from __future__ import annotations
 
-from metisfl.controller.state import Run, Status, present
+from metisfl.controller.state import Phase, Run, Status, present
 from metisfl.proto import events_pb2 as pb
 
 __all__ = ["askable", "reachable"]
@@ -26,5 +26,8 @@ def askable(run: Run, plan: pb.RunStarted) -> list[str]:
 
 
 def _able(run: Run, plan: pb.RunStarted) -> set[str]:
+    here = set(plan.learners) - run.gone
+    if run.phase is not Phase.TRAINING:
+        return here  # what went wrong in the round before does not count against the next
     failed = {task.learner for task in run.tasks.values() if task.status is Status.FAILED}
-    return set(plan.learners) - run.gone - run.left_out.keys() - failed
+    return here - run.left_out.keys() - failed

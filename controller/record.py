@@ -22,10 +22,8 @@ def record_of(run: Run) -> RoundRecord | None:
     if run.phase is Phase.FINISHED:
         return _failed_round(run)
     closed, plan = run.closed, run.plan
-    over = all(task.settled for task in run.tasks.values())
-    if closed is None or plan is None or run.phase is not Phase.EVALUATING or not over:
+    if closed is None or plan is None or run.phase is not Phase.EVALUATING or not run.settled:
         return None
-    previous = run.previous_record if run.recorded == run.round else run.record
     trained = {task.learner: task for task in run.trained.values()}
     evaluation, unevaluated = {}, []
     for task in sorted(run.tasks.values(), key=lambda task: task.learner):
@@ -50,7 +48,7 @@ def record_of(run: Run) -> RoundRecord | None:
     return RoundRecord(
         run_id=plan.run_id,
         round=run.round,
-        previous=previous,
+        previous=_previous(run),
         model_digest=closed.model_digest,
         opened_ns=run.opened_ns,
         closed_ns=run.closed_ns,
@@ -66,6 +64,11 @@ def record_of(run: Run) -> RoundRecord | None:
     )
 
 
+def _previous(run: Run) -> bytes:
+    """The digest of the record before this round's, which may be in the state already."""
+    return run.previous_record if run.recorded == run.round else run.record
+
+
 def _failed_round(run: Run) -> RoundRecord | None:
     """The record of the round that was open when its run ended, if one was."""
     closed = run.closed is not None and run.closed.round == run.round
@@ -77,7 +80,7 @@ def _failed_round(run: Run) -> RoundRecord | None:
     return RoundRecord(
         run_id=run.plan.run_id,
         round=run.round,
-        previous=run.previous_record if run.recorded == run.round else run.record,
+        previous=_previous(run),
         model_digest=b"",
         opened_ns=run.opened_ns,
         closed_ns=over_ns,

@@ -169,7 +169,7 @@ def _opens_again(run: Run, opened: pb.RoundOpened) -> bool:
 
     For larger exponents, for want of a quorum, or for want of an initial model.
     """
-    if opened.round != run.round or not all(task.settled for task in run.tasks.values()):
+    if opened.round != run.round or not run.settled:
         return False
     if opened.attempt:
         exceeded = any(task.status is Status.EXCEEDED for task in run.tasks.values())

@@ -49,7 +49,7 @@ def _decide_gathering(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
 
 def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     pending = messages.assignments(run, plan) + messages.cancellations(run)
-    if not all(task.settled for task in run.tasks.values()):
+    if not run.settled:
         return pending
     if again := _rescaled(run, plan):
         return (*pending, again)
@@ -118,14 +118,14 @@ def _rescaled(run: Run, plan: pb.RunStarted) -> Publish | None:
 
 def _decide_evaluating(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     pending = messages.assignments(run, plan) + messages.cancellations(run)
-    if not all(task.settled for task in run.tasks.values()):
+    if not run.settled:
         return pending
     if run.round == plan.rounds:
         return (*pending, messages.completed(run, plan))
     here = present(run, plan)
     if len(here) >= plan.quorum:
         return (*pending, messages.round_opened(run, plan, run.round + 1, here))
-    if len(set(plan.learners) - run.gone) >= plan.quorum and plan.waits_for_quorum:
+    if reachable(run, plan):
         return pending
     why = f"{len(here)} learners are left after round {run.round}; the quorum is {plan.quorum}"
     return (*pending, messages.failed(run, plan, why))

@@ -116,6 +116,11 @@ class Run:
     finished: pb.RunFinished | None = None
     refused: Mapping[str, str] = MappingProxyType({})  # runs asked for in vain, not told yet: why
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more is expected of anyone who was asked."""
+        return all(task.settled for task in self.tasks.values())
+
     def declared_by(self, learner: str) -> int:
         """The examples that it declared; 0 if it did not say."""
         return self.declared.get(learner, 0)

@@ -50,7 +50,7 @@ def status_of(run: Run, leases: Leases, now: float, unix_ns: int) -> pb.Controll
 def _waits_for(run: Run, plan: pb.RunStarted, awaited: int) -> str:
     if run.phase is Phase.FINISHED:
         return "a driver that asks for a run"
-    if not run.tasks or all(task.settled for task in run.tasks.values()):
+    if run.settled:
         here = len(present(run, plan))
         short = here < plan.quorum and reachable(run, plan)
         if run.phase is Phase.GATHERING and not short:

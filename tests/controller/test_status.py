@@ -71,3 +71,23 @@ def test_a_run_that_too_few_have_joined_says_so() -> None:
         world.log_event(pb.LeaseEnded(learner=name, silent_s=6), "controller")
     world.perform_all()
     assert status(world).waits_for == "the quorum: 0 of 2 learners are here"
+
+
+def test_a_failed_score_of_the_last_model_does_not_count_against_the_next_round() -> None:
+    world = World()
+    world.log_event(plan(quorum=2, waits_for_quorum=True), "driver:d")
+    for name in ("ada", "bob"):
+        world.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+    world.log_event(pb.LeaseEnded(learner="cyd", silent_s=6), "controller")
+    world.perform_all()
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    for name in ("ada", "bob"):
+        world.complete(f"r1.1.train.{name}")
+    world.perform_all()
+    failed = pb.TaskFailed(task_id="r1.1.evaluate.ada", learner="ada", reason="no test data")
+    world.log_event(failed, "learner:ada")
+    world.log_event(pb.LearnerLeft(learner="bob", reason="reboot"), "learner:bob")
+    world.perform_all()
+    assert world.run.finished is None, "ada and cyd can still make up the quorum"
+    assert status(world).waits_for == "the quorum: 1 of 2 learners are here"
