@@ -46,10 +46,9 @@ def task_cancelled(run: Run, event: Logged) -> tuple[Run, str]:
 def task_completed(run: Run, event: Logged) -> tuple[Run, str]:
     done = event.message
     assert isinstance(done, pb.TaskCompleted)
-    task = run.tasks.get(done.task_id)
-    if why := _unexpected(task, event):
-        return run, why
-    assert task is not None
+    task = _awaited(run, done.task_id, done.learner)
+    if isinstance(task, str):
+        return run, task
     if task.kind == pb.TRAIN and not done.examples:
         return put(run, _failed(task, "trained on no examples", event)), ""
     if run.terms and task.kind != pb.EVALUATE and (why := _misfit(run, task, done)):
@@ -92,12 +91,12 @@ def _tensors(run: Run) -> int:
 def scale_exceeded(run: Run, event: Logged) -> tuple[Run, str]:
     exceeded = event.message
     assert isinstance(exceeded, pb.ScaleExceeded)
-    task = run.tasks.get(exceeded.task_id)
-    if why := _unexpected(task, event):
-        return run, why
-    assert task is not None
+    task = _awaited(run, exceeded.task_id, exceeded.learner)
+    if isinstance(task, str):
+        return run, task
     needed = tuple(exceeded.exponents)
     known = run.exponents or (0,) * (_tensors(run) or len(needed))
+    why = ""
     if run.terms is None or task.kind == pb.EVALUATE:
         why = "reports that a scale was exceeded where there is none"
     elif run.plan is None or run.rescaled >= len(run.plan.learners):
@@ -119,10 +118,9 @@ def scale_exceeded(run: Run, event: Logged) -> tuple[Run, str]:
 def task_failed(run: Run, event: Logged) -> tuple[Run, str]:
     failed = event.message
     assert isinstance(failed, pb.TaskFailed)
-    task = run.tasks.get(failed.task_id)
-    if why := _unexpected(task, event):
-        return run, why
-    assert task is not None
+    task = _awaited(run, failed.task_id, failed.learner)
+    if isinstance(task, str):
+        return run, task
     return put(run, _failed(task, failed.reason or "no reason given", event)), ""
 
 
@@ -184,12 +182,13 @@ def _check_digest(task: Task) -> Task:
     return replace(task, status=Status.FAILED, reason=reason)
 
 
-def _unexpected(task: Task | None, event: Logged) -> str:
+def _awaited(run: Run, task_id: str, learner: str) -> Task | str:
+    """The task that this learner may answer now, or why there is none."""
+    task = run.tasks.get(task_id)
     if task is None:
         return "late: its round is over"
-    name = event.message.learner  # type: ignore[attr-defined]
-    if task.learner != name:
-        return f"{name} does not hold this task"
+    if task.learner != learner:
+        return f"{learner} does not hold this task"
     if task.status is not Status.ASSIGNED:
         return f"late or repeated: the task is {task.status.value}"
-    return ""
+    return task

@@ -90,11 +90,9 @@ class Chaos(LineScreen):
 
     def show(self, before: View, after: View, message: Message, logged_unix_ns: int) -> None:
         super().show(before, after, message, logged_unix_ns)
-        for moment, outage in self.outages.items():
-            was_over = outage.over
-            outage.saw(message, logged_unix_ns)
-            if outage.over and not was_over:
-                self.say(f"{moment.victim} was missed for {outage.seconds:.2f} s")
+        for outage in self.outages.values():
+            if outage.saw(message, logged_unix_ns):
+                self.say(str(outage))
         if isinstance(message, pb.RoundOpened) and message.round > before.round:
             self._hurry(message.round)
             self._plan(message.round)

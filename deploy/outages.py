@@ -47,10 +47,15 @@ class Outage:
         """From SIGKILL to the first sign; only once it is over."""
         return (self.over_ns - self.killed_ns) / 1e9
 
-    def saw(self, message: Message, logged_unix_ns: int) -> None:
-        """Take an event in the order of the log, or a beat, whose time is 0."""
-        if not self.over and self._is_sign(message, logged_unix_ns):
-            self.over_ns = logged_unix_ns or time.time_ns()
+    def saw(self, message: Message, logged_unix_ns: int) -> bool:
+        """Take an event in the order of the log, or a beat, whose time is 0; True for the sign."""
+        if self.over or not self._is_sign(message, logged_unix_ns):
+            return False
+        self.over_ns = logged_unix_ns or time.time_ns()
+        return True
+
+    def __str__(self) -> str:
+        return f"{self.victim} was missed for {self.seconds:.2f} s"
 
     def _is_sign(self, message: Message, logged_unix_ns: int) -> bool:
         if self.victim == "broker":

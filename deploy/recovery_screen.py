@@ -43,10 +43,8 @@ class Strikes(LineScreen):
 
     def show(self, before: View, after: View, message: Message, logged_unix_ns: int) -> None:
         for outage in self.outages[-1:]:
-            was_over = outage.over
-            outage.saw(message, logged_unix_ns)
-            if outage.over and not was_over:
-                self.say(f"{outage.victim} was missed for {outage.seconds:.2f} s")
+            if outage.saw(message, logged_unix_ns):
+                self.say(str(outage))
         opened = isinstance(message, pb.RoundOpened) and message.round > max(1, before.round)
         if opened and self.left and self._striking is None and self._all_back:
             loop = asyncio.get_running_loop()
