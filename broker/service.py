@@ -27,7 +27,15 @@ from metisfl.deploy import logs, run
 from metisfl.deploy.ckks_keys import refuse_secret_parts
 from metisfl.deploy.curve import Authenticator, secure_server, self_test
 from metisfl.deploy.keys import PEERS_FILE, Identity, load_identity, load_peers
-from metisfl.deploy.options import INGRESS, LIVE, add_option, daemon_parser, name_of, whole_number
+from metisfl.deploy.options import (
+    INGRESS,
+    LIVE,
+    add_option,
+    daemon_parser,
+    name_of,
+    size,
+    whole_number,
+)
 from metisfl.proto.errors import MachineError, UserError
 from metisfl.proto.frames import MESSAGE_BYTES_MAX, Head, pack_head
 
@@ -42,7 +50,6 @@ LIVE_SEND_HWM: Final = 2048
 SUBSCRIPTION_MESSAGE_BYTES_MAX: Final = 512
 REFUSED_KEYS_TOLD_MAX: Final = 1024
 LOG_FOLDER: Final = "log"
-LOG_LIMIT_LEAST_BYTES: Final = 1024**2
 
 Context = zmq.Context[zmq.Socket[bytes]]
 log = structlog.get_logger()
@@ -245,21 +252,6 @@ def _give_up(home: Path, federation: str) -> int:
     return 0
 
 
-def _size(text: str) -> int:
-    """An argparse type: bytes, or a whole number with KiB, MiB, GiB or TiB behind it."""
-    number, unit = text, 1
-    for power, name in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1):
-        if text.endswith(name):
-            number, unit = text.removesuffix(name).rstrip(), 1024**power
-    digits = number.isascii() and number.isdigit() and len(number) <= 20
-    size = int(number) * unit if digits else 0
-    if not LOG_LIMIT_LEAST_BYTES <= size < 2**62:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} cannot be; say at least 1MiB, as bytes or with KiB, MiB, GiB or TiB"
-        )
-    return size
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = daemon_parser(NAME, "Carry events between controller, learners and drivers, durably.")
     add_option(parser, "ingress", help="endpoint to publish to", default=INGRESS)
@@ -269,7 +261,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "log-limit",
         help="what the log may take of the disk, such as 500MiB",
         default=f"{LOG_LIMIT_BYTES // 1024**3}GiB",
-        type=_size,
+        type=size,
     )
     add_option(
         parser,

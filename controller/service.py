@@ -27,7 +27,15 @@ from metisfl.deploy.allocator import return_freed_memory
 from metisfl.deploy.ckks_keys import load_public, refuse_secret_parts
 from metisfl.deploy.database import open_database, sole_process
 from metisfl.deploy.keys import load_identity, load_peers, load_servers
-from metisfl.deploy.options import BULK, INGRESS, LIVE, add_option, daemon_parser, name_of, size
+from metisfl.deploy.options import (
+    BULK,
+    INGRESS,
+    LIVE,
+    add_option,
+    daemon_parser,
+    name_of,
+    size_or_none,
+)
 from metisfl.proto.errors import UserError
 
 __all__ = ["main"]
@@ -125,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_option(
             parser,
             f"{folder}-limit",
-            help=f"bytes that {folder}/, for {what}, may take, such as 20G (default: the disk's)",
+            help=f"bytes that {folder}/, for {what}, may take, such as 20GiB (default: the disk's)",
             default="",
-            type=size,
+            type=size_or_none,
         )
     options = parser.parse_args(argv)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -25,13 +24,14 @@ __all__ = [
     "daemon_parser",
     "name_of",
     "size",
+    "size_or_none",
     "whole_number",
 ]
 
 INGRESS = "tcp://127.0.0.1:5570"
 LIVE = "tcp://127.0.0.1:5571"
 BULK = "tcp://127.0.0.1:5572"
-UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+SIZE_LEAST_BYTES: Final = 1024**2
 
 
 def daemon_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -85,17 +85,24 @@ def name_of(what: str) -> Callable[[str], str]:
     return check
 
 
-def size(text: str) -> int | None:
-    """An argparse type for a number of bytes: "20G", "500M", "4096"; "" is None, no limit."""
-    if not text:
-        return None
-    match = re.fullmatch(r"([0-9]{1,18})([kMGT]?)B?", text)
-    if match is None:
+def size(text: str) -> int:
+    """An argparse type: bytes, or a whole number with KiB, MiB, GiB or TiB behind it."""
+    number, unit = text, 1
+    for power, name in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1):
+        if text.endswith(name):
+            number, unit = text.removesuffix(name).rstrip(), 1024**power
+    digits = number.isascii() and number.isdigit() and len(number) <= 20
+    bytes_ = int(number) * unit if digits else 0
+    if not SIZE_LEAST_BYTES <= bytes_ < 2**62:
         raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no size; allowed are digits with k, M, G or T (powers of 1000)"
+            f"{text[:40]!r} cannot be; say at least 1MiB, as bytes or with KiB, MiB, GiB or TiB"
         )
-    number = int(match[1])
-    return number * UNITS[match[2]]
+    return bytes_
+
+
+def size_or_none(text: str) -> int | None:
+    """The same; "" is no limit."""
+    return size(text) if text else None
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
