@@ -34,17 +34,10 @@ def event_of(record: Record) -> t.Event | None:
     if not may_send(record.publisher, message):
         _log.warning("event refused", publisher=record.publisher, why=f"it sends {record.type}")
         return None
-    if isinstance(message, pb.TaskAssigned):
-        return t.Assigned(message)
-    if isinstance(message, pb.TaskCancelled):
-        return t.Cancelled(message.task_id)
-    if isinstance(message, pb.RoundClosed):
-        return t.RoundOver(message.run_id, message.round)
     if isinstance(message, pb.RunFinished):
         outcome = pb.RunFinished.Outcome.Name(message.outcome)
         _log.info("run finished", run=message.run_id, outcome=outcome, record=message.record.hex())
-        return t.RunOver(message.run_id)
-    return None
+    return t.told_by(message)
 
 
 def refusal(task: pb.TaskAssigned, privacy: str) -> str:

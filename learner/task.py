@@ -42,6 +42,7 @@ from metisfl.learner.task_events import (
     Upload,
     Uploaded,
     Work,
+    told_by,
 )
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import REASON_CHARACTERS_MAX
@@ -72,6 +73,7 @@ __all__ = [
     "Work",
     "handle",
     "resume",
+    "told_by",
 ]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
+
 from metisfl.proto import events_pb2 as pb
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Upload",
     "Uploaded",
     "Work",
+    "told_by",
 ]
 
 
@@ -172,3 +175,16 @@ class Discard:
 
 
 Effect = Fetch | Work | Upload | Report | Stop | Discard
+
+
+def told_by(message: Message) -> Event | None:
+    """The event that a message of the controller is; None for what is not for a learner."""
+    if isinstance(message, pb.TaskAssigned):
+        return Assigned(message)
+    if isinstance(message, pb.TaskCancelled):
+        return Cancelled(message.task_id)
+    if isinstance(message, pb.RoundClosed):
+        return RoundOver(message.run_id, message.round)
+    if isinstance(message, pb.RunFinished):
+        return RunOver(message.run_id)
+    return None

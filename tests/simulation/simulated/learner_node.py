@@ -112,7 +112,7 @@ class LearnerNode(Node):
         events: list[t.Event] = []
         for _, envelope, message in records:
             assert may_send(envelope.publisher, message)
-            if event := _event_of(message):
+            if event := t.told_by(message):
                 events.append(event)
         self._handle(events, lane, through)
 
@@ -358,18 +358,6 @@ class LearnerNode(Node):
             topics.beat_topic(FEDERATION, self.name),
             pb.Progress(task_id=task.task_id, learner=self.name, state=state, fraction=fraction),
         )
-
-
-def _event_of(message: Any) -> t.Event | None:
-    if isinstance(message, pb.TaskAssigned):
-        return t.Assigned(message)
-    if isinstance(message, pb.TaskCancelled):
-        return t.Cancelled(message.task_id)
-    if isinstance(message, pb.RoundClosed):
-        return t.RoundOver(message.run_id, message.round)
-    if isinstance(message, pb.RunFinished):
-        return t.RunOver(message.run_id)
-    return None
 
 
 def _round(task: pb.TaskAssigned) -> str:
