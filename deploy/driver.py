@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from metisfl.deploy import logs, processes
+from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.encryption import give_key
 from metisfl.deploy.run import Interrupted, StopSignal, run
@@ -92,9 +93,12 @@ async def drive(
             with closing(open_database(run_folder.driver / "driver.db")) as connection:
                 view = await watch(
                     federation,
-                    endpoints=(endpoints[0], endpoints[1]),
-                    identity=run_folder.driver_identity,
-                    broker_public=run_folder.broker_public,
+                    access=Access(
+                        endpoints[0],
+                        endpoints[1],
+                        run_folder.driver_identity,
+                        run_folder.broker_public,
+                    ),
                     connection=connection,
                     view=view,
                     screen=shown,

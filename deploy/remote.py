@@ -14,8 +14,8 @@ from contextlib import closing
 from pathlib import Path
 
 from metisfl.deploy import logs
+from metisfl.deploy.broker_access import load_access
 from metisfl.deploy.database import open_database
-from metisfl.deploy.keys import load_identity, load_servers
 from metisfl.deploy.run import Interrupted, StopSignal, first_end, run
 from metisfl.deploy.screen import screen_for
 from metisfl.deploy.settings import Federation, load_federation
@@ -74,13 +74,10 @@ def command(argv: list[str]) -> int:
 
 
 async def _follow(federation: Federation, home: Path) -> View:
-    for key, endpoint in (("ingress", federation.ingress), ("live", federation.live)):
-        if endpoint.endswith(":0"):
-            raise UserError(f"broker.{key}: say where the broker is, such as tcp://host:5570")
-    identity = load_identity(home / "keys")
-    if not identity.principal.startswith("driver:"):
-        raise UserError(f"{home}/keys holds the key of {identity.principal}; only a driver asks")
-    servers = load_servers(home / "keys", "broker")
+    access = load_access(federation, home)
+    principal = access.identity.principal
+    if not principal.startswith("driver:"):
+        raise UserError(f"{home}/keys holds the key of {principal}; only a driver asks")
     # What an earlier command asked for and the broker never got is not asked for any more.
     for left in home.glob("driver.db*"):
         left.unlink()
@@ -88,9 +85,7 @@ async def _follow(federation: Federation, home: Path) -> View:
     with screen_for(view) as screen, closing(open_database(home / "driver.db")) as connection:
         return await watch(
             federation,
-            endpoints=(federation.ingress, federation.live),
-            identity=identity,
-            broker_public=servers["broker"],
+            access=access,
             connection=connection,
             view=view,
             screen=screen,

@@ -18,16 +18,15 @@ from typing import Final
 
 from google.protobuf.json_format import MessageToDict
 
-from metisfl import __version__
-from metisfl.broker.client import BrokerClient, BrokerStatus, ClientKeys, Outbox
+from metisfl.broker.client import BrokerClient, BrokerStatus, Outbox
 from metisfl.deploy import logs
-from metisfl.deploy.keys import load_identity, load_servers
+from metisfl.deploy.broker_access import load_access
 from metisfl.deploy.run import StopSignal, first_end, run
 from metisfl.deploy.settings import load_federation
 from metisfl.deploy.view import readable_bytes
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
-from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.events import decode
 
 __all__ = ["Status", "command", "lines"]
@@ -83,22 +82,11 @@ def command(argv: list[str]) -> int:
 
 async def _ask(file: Path, home: Path) -> Status:
     federation = load_federation(file)
-    for key, endpoint in (("ingress", federation.ingress), ("live", federation.live)):
-        if endpoint.endswith(":0"):
-            raise UserError(f"broker.{key}: say where the broker is, such as tcp://host:5570")
-    identity = load_identity(home / "keys")
-    servers = load_servers(home / "keys", "broker")
+    access = load_access(federation, home)
     # It publishes nothing, so its outbox need not outlive it, and fences no other command.
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        client = BrokerClient(
-            ingress=federation.ingress,
-            live=federation.live,
-            keys=ClientKeys(identity.public, identity.secret, servers["broker"]),
-            principal=identity.principal,
-            outbox=Outbox(connection, identity.principal),
-            software=f"metisfl {__version__}",
-        )
-        async with client:
+        outbox = Outbox(connection, access.identity.principal)
+        async with access.client(outbox) as client:
             told = asyncio.ensure_future(_told(client, federation.name))
             try:
                 broker = await client.status(PATIENCE_S)

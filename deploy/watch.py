@@ -13,10 +13,9 @@ from datetime import datetime, timezone
 from types import MappingProxyType
 from typing import Any
 
-from metisfl import __version__
-from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
+from metisfl.broker.client import BrokerClient, Outbox
+from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import transaction
-from metisfl.deploy.keys import Identity
 from metisfl.deploy.run import first_end
 from metisfl.deploy.screen import Screen
 from metisfl.deploy.settings import Federation
@@ -48,9 +47,7 @@ def new_view(federation: Federation) -> View:
 async def watch(
     federation: Federation,
     *,
-    endpoints: tuple[str, str],
-    identity: Identity,
-    broker_public: bytes,
+    access: Access,
     connection: sqlite3.Connection,
     view: View,
     screen: Screen,
@@ -58,18 +55,10 @@ async def watch(
 ) -> View:
     """Return the view of the completed run. Raises RunFailed, or what `meanwhile` raises.
 
-    `endpoints` are the broker's ingress and live; `connection` is the driver's own database.
+    `connection` is the driver's own database.
     """
-    outbox = Outbox(connection, identity.principal)
-    client = BrokerClient(
-        ingress=endpoints[0],
-        live=endpoints[1],
-        keys=ClientKeys(identity.public, identity.secret, broker_public),
-        principal=identity.principal,
-        outbox=outbox,
-        software=f"metisfl {__version__}",
-    )
-    async with client:
+    outbox = Outbox(connection, access.identity.principal)
+    async with access.client(outbox) as client:
         with transaction(connection):
             outbox.append(
                 topics.run_topic(federation.name),

@@ -16,6 +16,7 @@ import pytest
 from stub_learner import stub_learner
 
 from metisfl.deploy import processes
+from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.memory import PeakMemory
 from metisfl.deploy.run_folder import create_run_folder
@@ -105,9 +106,7 @@ def test_memory_is_bounded_and_every_update_arrives_when_all_upload_at_once(
                 connection = stack.enter_context(closing(open_database(homes.driver / "driver.db")))
                 view = await watch(
                     federation,
-                    endpoints=(ingress, live),
-                    identity=homes.driver_identity,
-                    broker_public=homes.broker_public,
+                    access=Access(ingress, live, homes.driver_identity, homes.broker_public),
                     connection=connection,
                     view=new_view(federation),
                     screen=LineScreen(),

@@ -18,6 +18,7 @@ import numpy as np
 from daemons import Daemons
 from google.protobuf.message import Message
 
+from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.screen import LineScreen
 from metisfl.deploy.settings import load_federation
@@ -77,9 +78,12 @@ async def watched(
     with closing(open_database(daemons.homes.driver / "driver.db")) as connection:
         run = watch(
             federation,
-            endpoints=(daemons.near["ingress"], daemons.near["live"]),
-            identity=daemons.homes.driver_identity,
-            broker_public=daemons.homes.broker_public,
+            access=Access(
+                daemons.near["ingress"],
+                daemons.near["live"],
+                daemons.homes.driver_identity,
+                daemons.homes.broker_public,
+            ),
             connection=connection,
             view=new_view(federation),
             screen=_Acting(act),
