@@ -84,7 +84,7 @@ class Uploads:
         self._counts = counts
         self._credit: Allocator[bytes] = Allocator()
         self._uploads: dict[bytes, _Upload] = {}
-        self._changed: set[bytes] = set()
+        self._changed: dict[bytes, None] = {}  # a set in the order of change
         self._checks: dict[str, _Check] = {}
         self._stored: dict[str, bytes] = {}
         # Until the owner has said what is open nobody is refused; one OPEN a learner waits here.
@@ -164,7 +164,7 @@ class Uploads:
                 self._finish(upload)
         for key, chunks in self._credit.deal():
             self._uploads[key].receiver.widen(chunks)
-            self._changed.add(key)
+            self._changed[key] = None
         most = max(self._counts["upload_chunks_granted_max"], self._credit.outstanding)
         self._counts["upload_chunks_granted_max"] = most
         for key in self._changed:
@@ -236,7 +236,7 @@ class Uploads:
         receiver = upload.receiver
         receiver.restart(eager=1 if upload.staged.payload_bytes <= EAGER_BYTES else 0)
         self._credit.join(upload.subject, receiver.count - receiver.received, now)
-        self._changed.add(upload.subject)
+        self._changed[upload.subject] = None
 
     def _take(self, upload: _Upload, frame: Chunk, now: float) -> None:
         staged, receiver = upload.staged, upload.receiver
@@ -263,7 +263,7 @@ class Uploads:
         receiver.taken()
         self._credit.give_back(upload.subject, 1)
         self._credit.want(upload.subject, receiver.count - receiver.limit)
-        self._changed.add(upload.subject)
+        self._changed[upload.subject] = None
         self._counts["chunks_received"] += 1
         self._counts["chunk_bytes_received"] += len(frame.payload)
 
@@ -301,7 +301,7 @@ class Uploads:
         for upload in self._uploads.values():
             if not upload.staged.hashed:
                 if upload.staged.catch_up():
-                    self._changed.add(upload.subject)
+                    self._changed[upload.subject] = None
                 return True
         return False
 
@@ -351,7 +351,7 @@ class Uploads:
     def _forget(self, upload: _Upload) -> None:
         del self._uploads[upload.subject]
         self._credit.leave(upload.subject)
-        self._changed.discard(upload.subject)
+        self._changed.pop(upload.subject, None)
 
     def _sleep(self, upload: _Upload) -> None:
         self._credit.reclaim(upload.subject)

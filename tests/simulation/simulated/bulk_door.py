@@ -25,16 +25,6 @@ __all__ = ["BulkDoor"]
 MOMENT_S: Final = 0.001  # from one thread to the other
 
 
-class _Ordered(dict[bytes, None]):
-    """A set in the order of its making: that of a set of bytes differs from process to process."""
-
-    def add(self, key: bytes) -> None:
-        self[key] = None
-
-    def discard(self, key: bytes) -> None:
-        self.pop(key, None)
-
-
 class BulkDoor:
     """Takes updates into the spool and gives models from the store."""
 
@@ -65,7 +55,6 @@ class BulkDoor:
         # A budget that so few and small updates can exhaust.
         budget = self._scenario.budget
         self.uploads._credit = Allocator(budget, max(1, budget // 2))
-        self.uploads._changed = _Ordered()  # type: ignore[assignment]
         self._node.later(WORD_S / 2, self._tick)
 
     def close(self) -> None:
