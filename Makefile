@@ -18,7 +18,7 @@ NEED_CC  := printf '\043include <stdio.h>\nint main(void) { return 0; }\n' | \
 	"$${CC:-cc}" -x c -o /dev/null - 2>/dev/null || \
 	{ echo 'a C compiler is missing: apt-get install build-essential' >&2; exit 2; }
 
-FUZZ_S   := 5
+FUZZ_S   := 30
 SEEDS    := 10000
 FIRST    := 0
 NEED_FUZZER := echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
@@ -59,8 +59,8 @@ simulate: $(BUILT) ## run the cores in a bad world of their own (SEEDS=10000 fro
 check: check-lock check-format check-types check-rules check-proto check-units check-c check-fuzz ## everything else that must hold before a commit
 	@$(SAY) check 'all good'
 
-bench: $(BUILT) ## measure events, fold and rounds on this machine; one JSON document each
-	@for bench in events fold 'fold --scheme ckks --params 1000000 --peers' crypto round \
+bench: $(BUILT) ## measure events, bytes, fold and rounds here; one JSON document each
+	@for bench in events bulk fold 'fold --scheme ckks --params 1000000 --peers' crypto round \
 		'round --privacy ckks' recovery; do $(BIN)/metisfl bench $$bench --json || exit; done
 
 lock: $(LOCKED) ## resolve pyproject.toml into deploy/requirements anew (ARGS=--upgrade: newest)
@@ -153,13 +153,18 @@ check-c: $(BUILT)
 		ctest --test-dir build/native --output-on-failure; } >build/native/log 2>&1 || \
 		{ cat build/native/log >&2; exit 1; }
 
-# The corpus stays in build/, so that a longer run goes on from what the shorter ones found.
+# Corpora stay in build/, so that a longer run goes on from what the shorter ones found. A fifth of
+# the time is for C.
 check-fuzz: $(BUILT)
-	@$(SAY) check 'blocks from a fuzzer, for $(FUZZ_S) s'
+	@$(SAY) check 'blocks and values from a fuzzer'
 	@$(NEED_FUZZER)
-	@mkdir -p build/fuzz/corpus && PATH="$$PWD/$(BIN):$$PATH" && export PATH && \
-		{ cmake -S native_c -B build/fuzz -G Ninja -DMETIS_FUZZ=ON -DCMAKE_C_COMPILER=clang && \
-		cmake --build build/fuzz && \
-		build/fuzz/fuzz_block -max_total_time=$(FUZZ_S) -max_len=1024 -print_final_stats=1 \
-			-artifact_prefix=build/fuzz/ build/fuzz/corpus; } >build/fuzz/log 2>&1 || \
-		{ tail -n 100 build/fuzz/log >&2; exit 1; }
+	@mkdir -p build/fuzz/found/c build/fuzz/c-block build/fuzz/c-values && \
+		PATH="$$PWD/$(BIN):$$PATH" && export PATH && \
+		{ cmake -S native_c -B build/fuzz/c -G Ninja -DMETIS_FUZZ=ON -DCMAKE_C_COMPILER=clang && \
+		cmake --build build/fuzz/c && \
+		for target in block values; do build/fuzz/c/fuzz_$$target -max_len=2200 \
+			-max_total_time=$$(($(FUZZ_S) / 10 + 1)) -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/found/c/$$target- build/fuzz/c-$$target || exit; done; \
+		} >build/fuzz/c.log 2>&1 || { tail -n 100 build/fuzz/c.log >&2; exit 1; }
+	@$(SAY) check 'parsers of foreign bytes from a fuzzer'
+	@$(BIN)/python -I tests/fuzz --total $$(($(FUZZ_S) * 8 / 10))

@@ -11,9 +11,12 @@ import sqlite3
 from types import MappingProxyType
 
 import msgpack
+from google.protobuf.message import DecodeError
 
+from metisfl.deploy.database import transaction
 from metisfl.learner.task import Job, Outcome, Stage, Tasks
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.errors import MachineError
 
 __all__ = ["TaskTable"]
 
@@ -33,17 +36,24 @@ class TaskTable:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        connection.execute(_SCHEMA)
+        with transaction(connection):
+            connection.execute(_SCHEMA)
 
     def load(self, learner: str) -> Tasks:
-        """Return the tasks as they were last saved."""
+        """Return the tasks as they were last saved. Raises MachineError for a damaged row."""
         jobs = {}
         rows = self._connection.execute(
             "SELECT task_id, assigned, stage, outcome FROM task ORDER BY position"
         )
         for task_id, assigned, stage, outcome in rows:
-            task = pb.TaskAssigned.FromString(assigned)
-            jobs[task_id] = Job(task, Stage(stage), _unpack_outcome(outcome))
+            try:
+                task = pb.TaskAssigned.FromString(assigned)
+                jobs[task_id] = Job(task, Stage(stage), _unpack_outcome(outcome))
+            except (DecodeError, msgpack.UnpackException, ValueError, TypeError) as error:
+                raise MachineError(
+                    f"the row of task {task_id!r:.80} in learner.db is damaged: {error}; delete it "
+                    "from the table `task`: the round goes on without this task"
+                ) from None
         return Tasks(learner, MappingProxyType(jobs))
 
     def save(self, before: Tasks, after: Tasks) -> None:

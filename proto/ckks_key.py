@@ -36,6 +36,7 @@ SECRET_MAGIC: Final = b"MFCKSEC1"
 SEALED_MAGIC: Final = b"MFCKBOX1"
 FILE_BYTES_MAX: Final = 1 << 20
 VERIFY: Final = ("none", "full")
+FIELDS_READ_MAX: Final = 32  # of a part that may be of another release
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +206,32 @@ def _unpacked(
         raise PeerError(f"{what} of {len(data)} bytes; at most {FILE_BYTES_MAX}")
     if not data.startswith(magic):
         raise PeerError(f"this is no {what} of a key: it does not begin with {magic.decode()}")
+
+    wrong = PeerError(f"the {what} is damaged: it must hold {', '.join(checks)}")
+
+    # At once: a file of nothing but empty maps would take 64 times its size.
+    def fields_only(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if pairs and [name for name, _ in pairs] != list(checks):
+            raise wrong
+        return dict(pairs)
+
+    def no_list(values: list[Any]) -> list[Any]:
+        if values:
+            raise wrong
+        return values
+
     try:
-        found = msgpack.unpackb(data[len(magic) :])
+        found = msgpack.unpackb(
+            data[len(magic) :],
+            object_pairs_hook=fields_only,
+            list_hook=no_list,
+            max_map_len=FIELDS_READ_MAX,
+            max_array_len=FIELDS_READ_MAX,
+        )
     except (msgpack.UnpackException, ValueError):
         raise PeerError(f"the {what} is damaged: it is no msgpack") from None
     if not isinstance(found, dict) or list(found) != list(checks):
-        raise PeerError(f"the {what} is damaged: it must hold {', '.join(checks)}")
+        raise wrong
     for name, (check, allowed) in checks.items():
         if not check(found[name]):
             value = found[name]

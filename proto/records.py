@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgpack
 
 from metisfl.proto.errors import MachineError
+from metisfl.proto.events import LEARNERS_MAX, METRICS_MAX
 
 __all__ = [
     "Counted",
@@ -30,6 +31,31 @@ __all__ = [
 
 VERSION: Final = 2
 RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
+_NUMBER: Final = (int, float)
+_COUNTED: Final = {
+    "learner": str,
+    "weight": _NUMBER,
+    "update_digest": bytes,
+    "examples": int,
+    "training_s": _NUMBER,
+    "metrics": dict,
+}
+_MISSING: Final = {"learner": str, "kind": str, "reason": str}
+_RECORD: Final = {
+    "run_id": str,
+    "round": int,
+    "previous": bytes,
+    "model_digest": bytes,
+    "opened_ns": int,
+    "closed_ns": int,
+    "evaluated_ns": int,
+    "invited": list,
+    "counted": list,
+    "missing": list,
+    "evaluation": dict,
+    "unevaluated": list,
+    "metrics": dict,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +149,52 @@ def unpack_record(data: bytes) -> RoundRecord:
     if len(data) > RECORD_BYTES_MAX:
         raise MachineError(f"round record of {len(data)} bytes; at most {RECORD_BYTES_MAX}")
     try:
-        fields: dict[str, Any] = msgpack.unpackb(data)
+        # Else a byte of the file could ask for 64 of memory, or for a list without end.
+        fields: dict[str, Any] = msgpack.unpackb(
+            data, max_array_len=LEARNERS_MAX, max_map_len=LEARNERS_MAX * METRICS_MAX, max_ext_len=0
+        )
         if fields.pop("version") != VERSION:
             raise ValueError(f"its version is not {VERSION}")
+        _check(fields, _RECORD)
+        _check_all(fields["invited"], str)
+        _check_metrics(fields["metrics"], *fields["evaluation"].values())
         return RoundRecord(
             **{
                 **fields,
                 "invited": tuple(fields["invited"]),
-                "counted": tuple(Counted(**one) for one in fields["counted"]),
-                "missing": tuple(Missing(**one) for one in fields["missing"]),
-                "unevaluated": tuple(Missing(**one) for one in fields["unevaluated"]),
+                "counted": tuple(_counted(one) for one in fields["counted"]),
+                "missing": tuple(_missing(one) for one in fields["missing"]),
+                "unevaluated": tuple(_missing(one) for one in fields["unevaluated"]),
             }
         )
     except (msgpack.UnpackException, ValueError, TypeError, KeyError, AttributeError) as error:
         raise MachineError(f"this is no round record of version {VERSION}: {error}") from error
+
+
+def _counted(fields: dict[str, Any]) -> Counted:
+    _check(fields, _COUNTED)
+    _check_metrics(fields["metrics"])
+    return Counted(**fields)
+
+
+def _missing(fields: dict[str, Any]) -> Missing:
+    _check(fields, _MISSING)
+    return Missing(**fields)
+
+
+def _check(fields: dict[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(fields[name], kind):
+            raise ValueError(f"{name} is of the type {type(fields[name]).__name__}")
+
+
+def _check_all(values: Iterable[Any], kind: Any) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r:.40} is of the type {type(value).__name__}")
+
+
+def _check_metrics(*by_learner: dict[str, Any]) -> None:
+    for metrics in by_learner:
+        _check_all(metrics.keys(), str)
+        _check_all(metrics.values(), _NUMBER)

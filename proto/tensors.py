@@ -247,7 +247,7 @@ def _whole_problem(manifest: Manifest, manifest_bytes: int) -> str | None:
     seen: set[str] = set()
     for spec in manifest.tensors:
         if spec.name in seen:
-            return f"two tensors are called {spec.name!r}; names must be unique"
+            return f"two tensors are called {spec.name[:80]!r}; names must be unique"
         seen.add(spec.name)
     return None
 
@@ -284,6 +284,8 @@ def _encryption_problem(manifest: Manifest) -> str | None:
             f"exponents from {min(form.exponents)} to {max(form.exponents)}; allowed are 0 to "
             f"{ckks.EXPONENT_MAX}"
         )
+    if len(form.shares) > ckks.LEARNERS_MAX:
+        return f"{len(form.shares)} shares; at most {ckks.LEARNERS_MAX}"
     names = [share.learner for share in form.shares]
     if sorted(set(names)) != names or any(not NAME.fullmatch(name) for name in names):
         return "shares must name each learner once, in the order of names"

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import struct
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openfhe_bytes import MODULUS, check_parsers, samples, serialised
 
 from metisfl.learner.ciphertext_layout import parse_ciphertext, parse_secret_key
 from metisfl.learner.crypto import generate, load_openfhe
 from metisfl.proto.errors import PeerError
 
-
-def _load(path: Path) -> Any:
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FUZZ = _load(Path(__file__).with_name("fuzz_ciphertext_layout.py"))
-SAMPLES: list[bytes] = FUZZ.samples()
+SAMPLES = samples()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +94,7 @@ def test_a_real_ciphertext_that_was_cut_is_refused(real: dict[str, Any]) -> None
 def test_a_cut_at_any_length_and_a_byte_too_many_are_refused(number: int) -> None:
     whole = SAMPLES[number]
     for length in range(len(whole)):
-        FUZZ.target(whole[:length])
+        check_parsers(whole[:length])
         with pytest.raises(PeerError):
             parse_ciphertext(whole[:length])
         with pytest.raises(PeerError):
@@ -118,7 +106,7 @@ def test_a_cut_at_any_length_and_a_byte_too_many_are_refused(number: int) -> Non
 
 @pytest.mark.parametrize("number", range(len(SAMPLES)))
 def test_a_sample_is_understood_as_what_it_is(number: int) -> None:
-    FUZZ.target(SAMPLES[number])
+    check_parsers(SAMPLES[number])
     found = []
     for parse in (parse_secret_key, parse_ciphertext):
         try:
@@ -140,15 +128,15 @@ def test_damage_of_any_kind_is_a_peer_error_or_harmless(
     data = bytearray(sample)
     for place, value in changes:
         data[place % len(data)] = value
-    FUZZ.target(bytes(data))
-    FUZZ.target(bytes(data[: cut % len(data)]))
+    check_parsers(bytes(data))
+    check_parsers(bytes(data[: cut % len(data)]))
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_noise_is_a_peer_error(data: bytes) -> None:
-    FUZZ.target(data)
-    FUZZ.target(b"\x01" + struct.pack("<Q", 32) + b"0" * 32 + data)
+    check_parsers(data)
+    check_parsers(b"\x01" + struct.pack("<Q", 32) + b"0" * 32 + data)
 
 
 BOTH = frozenset({0, 1})
@@ -171,24 +159,24 @@ BOTH = frozenset({0, 1})
     ],
 )
 def test_what_is_not_understood_is_said_with_its_bound(fields: dict[str, Any], words: str) -> None:
-    data = FUZZ.serialised(**{"elements": 2, "inlined": BOTH, **fields})
+    data = serialised(**{"elements": 2, "inlined": BOTH, **fields})
     with pytest.raises(PeerError) as refusal:
         parse_ciphertext(data)
     assert words in str(refusal.value)
 
 
 def test_elements_of_different_moduli_are_refused() -> None:
-    data = bytearray(FUZZ.serialised(2, frozenset()))
-    place = data.rindex(struct.pack("<Q", FUZZ.MODULUS))
-    data[place : place + 8] = struct.pack("<Q", FUZZ.MODULUS - 2)
+    data = bytearray(serialised(2, frozenset()))
+    place = data.rindex(struct.pack("<Q", MODULUS))
+    data[place : place + 8] = struct.pack("<Q", MODULUS - 2)
     with pytest.raises(PeerError, match="elements of different rings"):
         parse_ciphertext(bytes(data))
 
 
 @pytest.mark.parametrize("words", [5, 1 << 61])
 def test_a_length_inside_the_parameters_is_checked_before_it_is_used(words: int) -> None:
-    data = bytearray(FUZZ.serialised(1, frozenset({0})))
-    one = struct.pack("<QQI", 1, FUZZ.MODULUS, 44)
+    data = bytearray(serialised(1, frozenset({0})))
+    one = struct.pack("<QQI", 1, MODULUS, 44)
     place = data.index(one)
     data[place : place + 8] = struct.pack("<Q", words)
     with pytest.raises(PeerError, match=f"modulus of {words} words; at most 4"):
@@ -197,7 +185,7 @@ def test_a_length_inside_the_parameters_is_checked_before_it_is_used(words: int)
 
 @pytest.mark.parametrize("towers", [0, 5, 1 << 61])
 def test_so_is_the_number_of_towers(towers: int) -> None:
-    data = bytearray(FUZZ.serialised(1, frozenset({0})))
+    data = bytearray(serialised(1, frozenset({0})))
     place = data.rindex(struct.pack("<QI", 1, 0x40000000))
     data[place : place + 8] = struct.pack("<Q", towers)
     words = "behind the end" if towers == 0 else f"parameters of {towers} towers; at most 4"
@@ -206,7 +194,7 @@ def test_so_is_the_number_of_towers(towers: int) -> None:
 
 
 def test_a_context_is_as_large_as_contexts_get() -> None:
-    sample = FUZZ.serialised(1, frozenset())
+    sample = serialised(1, frozenset())
     room = (1 << 16) - sample.index(b"0123456789abcdef") - 32
     assert parse_secret_key(sample[:1] + bytes(room) + sample[1:]).ring_dimension == 8
     with pytest.raises(PeerError, match="no key tag within 65536 bytes"):

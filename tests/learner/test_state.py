@@ -6,11 +6,13 @@ from contextlib import closing
 from pathlib import Path
 
 import msgpack
+import pytest
 
 from metisfl.deploy.database import open_database
 from metisfl.learner import task as t
 from metisfl.learner.state import TaskTable
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.errors import MachineError
 
 TASK = pb.TaskAssigned(
     task_id="r.1.train.ada", run_id="r", round=1, kind=pb.TRAIN, learner="ada", model_digest=b"d"
@@ -78,3 +80,27 @@ def test_a_transaction_that_was_not_committed_did_not_happen(tmp_path: Path) -> 
         table.save(t.Tasks("ada"), t.handle(t.Tasks("ada"), t.Assigned(TASK))[0])
     with closing(open_database(tmp_path / "db")) as connection:
         assert TaskTable(connection).load("ada") == t.Tasks("ada")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("assigned", b"\xff"),
+        ("assigned", None),
+        ("stage", "asleep"),
+        ("outcome", b"\xc1"),
+        ("outcome", msgpack.packb({"batches": 2})),
+        ("outcome", msgpack.packb([1])),
+        ("outcome", 7),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path: Path, column: str, value: object) -> None:
+    with closing(open_database(tmp_path / "db")) as connection:
+        table = TaskTable(connection)
+        connection.execute("DROP TABLE task")  # SQLite itself would keep NULL out of the column
+        connection.execute("CREATE TABLE task (position, task_id UNIQUE, assigned, stage, outcome)")
+        tasks, _ = t.handle(t.Tasks("ada"), t.Assigned(TASK))
+        table.save(t.Tasks("ada"), tasks)
+        connection.execute(f"UPDATE task SET {column} = ?", (value,))
+        with pytest.raises(MachineError, match=r"the row of task 'r\.1"):
+            table.load("ada")
