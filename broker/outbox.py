@@ -19,7 +19,7 @@ from typing import Final
 from google.protobuf.message import Message
 
 from metisfl.proto.envelope import build_envelope
-from metisfl.proto.errors import MachineError, UserError
+from metisfl.proto.errors import DiskFull, MachineError, UserError
 from metisfl.proto.events import encode
 from metisfl.proto.frames import pack_crc
 
@@ -53,7 +53,7 @@ class Outbox:
     def __init__(self, connection: sqlite3.Connection, publisher: str) -> None:
         """Create the tables.
 
-        Raises UserError if they belong to another publisher, MachineError for a full disk.
+        Raises UserError if they belong to another publisher, DiskFull.
         """
         if connection.in_transaction:
             raise ValueError("an outbox is opened outside of transactions")
@@ -68,7 +68,9 @@ class Outbox:
             if connection.in_transaction:
                 connection.commit()
         except sqlite3.OperationalError as error:
-            raise MachineError(f"the outbox of {publisher}: {error}; make room") from error
+            text = f"the outbox of {publisher}: {error}; make room or repair the disk"
+            kind = DiskFull if str(error) == "database or disk is full" else MachineError
+            raise kind(text) from error
         owner, epoch, acked = connection.execute(
             "select publisher, epoch, acked from outbox_epoch"
         ).fetchone()

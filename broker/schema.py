@@ -10,7 +10,8 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from metisfl.proto.errors import MachineError
+from metisfl.deploy.database import is_full
+from metisfl.proto.errors import DiskFull, MachineError
 
 __all__ = [
     "PAGE_BYTES",
@@ -56,7 +57,7 @@ create table refused (
 """
 
 
-class StorageFull(MachineError):
+class StorageFull(DiskFull):
     """The batch could not be stored and none of its events was; it may work later."""
 
 
@@ -119,6 +120,8 @@ def damaged(path: Path, what: str) -> DamagedLog:
 
 
 def explained(error: sqlite3.Error, path: Path) -> MachineError:
+    if is_full(error, path):
+        return DiskFull(f"{path} cannot be used: {error}; make room on that disk")
     if isinstance(error, sqlite3.OperationalError):
         return MachineError(f"{path} cannot be used: {error}; look at the disk and its permissions")
     return DamagedLog(f"{path} is damaged: {error}. Restore it from a copy")

@@ -12,14 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from metisfl.proto.errors import MachineError
+from metisfl.proto.errors import FULL, DiskFull, MachineError
 
 __all__ = ["RESERVE_BYTES", "NoRoom", "Room", "explained"]
 
 RESERVE_BYTES: Final = 64 << 20
 
 
-class NoRoom(MachineError):
+class NoRoom(DiskFull):
     """There is no room now; there may be later."""
 
 
@@ -62,5 +62,5 @@ class Room:
 
 def explained(path: Path, error: OSError) -> MachineError:
     """The error in words; NoRoom if it says that the disk, or a quota, is full."""
-    kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT) else MachineError
+    kind = NoRoom if error.errno in FULL else MachineError
     return kind(f"{path}: {error.strerror}")

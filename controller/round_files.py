@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from metisfl.proto.errors import MachineError
+from metisfl.proto.errors import MachineError, machine_error
 from metisfl.proto.model_file import sync_folder
 from metisfl.proto.records import RoundRecord, pack_record, record_digest, unpack_record
 
@@ -31,7 +31,7 @@ class Chain:
 
 
 def write_record(folder: Path, record: RoundRecord) -> None:
-    """Write a record under `folder`. Raises MachineError if it cannot be made durable."""
+    """Write a record under `folder`. Raises DiskFull, MachineError if it cannot be made durable."""
     path = folder / record.run_id / f"{record.round:06d}{SUFFIX}"
     if path.exists():
         return
@@ -45,7 +45,8 @@ def write_record(folder: Path, record: RoundRecord) -> None:
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise MachineError(f"round record {path}: {error.strerror}; make room there") from error
+        text = f"round record {path}: {error.strerror}; make room or repair the disk"
+        raise machine_error(text, error) from error
 
 
 def read_chain(folder: Path) -> Chain:

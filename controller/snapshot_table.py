@@ -9,6 +9,7 @@ import sqlite3
 
 from metisfl.controller.snapshot import pack, unpack
 from metisfl.controller.state import Run, Terms
+from metisfl.deploy.database import transaction
 
 __all__ = ["SnapshotTable"]
 
@@ -20,7 +21,8 @@ class SnapshotTable:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        connection.execute(_SCHEMA)
+        with transaction(connection):
+            connection.execute(_SCHEMA)
 
     def load(self, lane: str, terms: Terms | None) -> Run | None:
         """The state at the lane's cursor, or None. Raises MachineError if it cannot be read."""

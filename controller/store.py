@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from metisfl.controller.room import RESERVE_BYTES, Room, explained
-from metisfl.proto.errors import MachineError
+from metisfl.proto.errors import MachineError, machine_error
 from metisfl.proto.model_file import DIGEST_BYTES, ModelFile, open_model, sync_folder
 
 __all__ = ["ModelStore"]
@@ -44,7 +44,7 @@ class ModelStore:
             for leftover in folder.glob(f"*{_DRAFT}*"):
                 leftover.unlink()
         except OSError as error:
-            raise MachineError(f"model store {folder}: {error.strerror}") from None
+            raise machine_error(f"model store {folder}: {error.strerror}", error) from None
 
     def path(self, digest: bytes) -> Path:
         """Where the model with this digest (32 bytes) is, or would be."""

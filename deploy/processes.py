@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from metisfl.deploy.insecure import INSECURE_VARIABLE
 from metisfl.deploy.run import PARENT_VARIABLE
-from metisfl.proto.errors import MachineError, MetisError, PeerError, UserError
+from metisfl.proto.errors import DiskFull, MachineError, MetisError, PeerError, UserError
 
 __all__ = [
     "Daemon",
     "fault_of",
     "free_endpoints",
+    "last_line",
     "last_words",
     "name_of_signal",
     "start",
@@ -45,11 +47,14 @@ class Daemon:
     process: asyncio.subprocess.Process
 
 
-async def start(name: str, module: str, options: Mapping[str, str], log: Path) -> Daemon:
-    """Start `python -m module --option value ...`. Call from the main thread."""
+async def start(name: str, module: str, options: Mapping[str, str | None], log: Path) -> Daemon:
+    """Start `python -m module --option value ...`. Call from the main thread.
+
+    None is an option without a value.
+    """
     command = [sys.executable, "-m", module]
     for option, value in options.items():
-        command += [f"--{option}", value]
+        command += [f"--{option}"] if value is None else [f"--{option}", value]
     return Daemon(name, command, log, await _launch(command, log))
 
 
@@ -65,7 +70,8 @@ async def _launch(command: Sequence[str], log: Path) -> asyncio.subprocess.Proce
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            # Whether it is insecure is said by the options alone: the driver must agree.
+            env={**os.environ, INSECURE_VARIABLE: "", PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,  # Ctrl-C is the driver's; it asks its children to end
         )
 
@@ -93,6 +99,12 @@ def last_words(daemon: Daemon) -> str:
     return "\n  ".join([f"{daemon.name} ended ({how}); {daemon.log} ends with", *text])
 
 
+def last_line(daemon: Daemon) -> str:
+    """The line that a daemon ended with, where its log had room for it."""
+    text = daemon.log.read_text(errors="replace").splitlines()
+    return text[-1] if text else f"{daemon.log} is empty"
+
+
 def name_of_signal(number: int) -> str:
     """SIGKILL for 9, and "signal 35" for one without a name."""
     try:
@@ -106,7 +118,7 @@ def fault_of(code: int) -> type[MetisError]:
 
     Whatever says nothing (a signal, a defect) is this machine's.
     """
-    said = {error.exit_code: error for error in (UserError, PeerError)}
+    said = {error.exit_code: error for error in (UserError, PeerError, DiskFull)}
     return said.get(code, MachineError)
 
 

@@ -1,8 +1,9 @@
 """The life of a process: signals, systemd, the parent, the exit code.
 
 Rule: a process ends in one of three ways. Asked to (SIGTERM, SIGINT): it finishes what it does and
-exits 0. Hindered (a MetisError): one line on stderr says what to do, and the class gives the exit
-code. Broken (anything else): traceback, exit 70; nothing is caught to be carried on from.
+exits 0. Hindered (a MetisError, a full disk): one line on stderr says what to do, and the class
+gives the exit code. Broken (anything else): traceback, exit 70; nothing is caught to be carried on
+from.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import resource
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from metisfl.proto.errors import MachineError, MetisError
+from metisfl.proto.errors import FULL, DiskFull, MachineError, MetisError
 
 __all__ = [
     "PARENT_VARIABLE",
@@ -61,6 +64,7 @@ class ExitCode:
         self._name = name
 
     def __enter__(self) -> ExitCode:
+        _leave_no_core()
         return self
 
     def __exit__(
@@ -76,12 +80,18 @@ class ExitCode:
         if isinstance(error, KeyboardInterrupt):
             self.value = INTERRUPTED_EXIT_CODE
         elif isinstance(error, MetisError):
-            print(f"{self._name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            self.value = error.exit_code
+            self._tell(error)
+        elif isinstance(error, OSError) and error.errno in FULL:
+            self._tell(DiskFull(f"{error.filename or 'a file'}: {error.strerror}; make room"))
         else:
             traceback.print_exception(kind, error, trace)
             self.value = DEFECT_EXIT_CODE
         return True
+
+    def _tell(self, error: MetisError) -> None:
+        self.value = error.exit_code
+        with suppress(OSError):  # stderr may be a file on a full disk
+            print(f"{self._name}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 class StopSignal:
@@ -252,6 +262,12 @@ async def _supervised(main: Callable[[StopSignal], Awaitable[int | None]]) -> in
     loop.add_signal_handler(signal.SIGINT, on_sigint)
     _obey_parent_variable()
     return await main(stop) or 0
+
+
+def _leave_no_core() -> None:
+    """For this process and those that it starts: a core file would hold keys."""
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def _note_signal(number: int, _: FrameType | None) -> None:

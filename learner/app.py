@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from metisfl.learner.trainer import Trainer
-from metisfl.proto.errors import MetisError, UserError
+from metisfl.proto.errors import FULL, DiskFull, MetisError, UserError
 from metisfl.proto.tensors import Array
 
 __all__ = [
@@ -95,7 +95,8 @@ def prepare_environment() -> None:
 class app_code(AbstractContextManager[None]):
     """Runs the user's code: whatever it raises becomes a UserError with its last traceback line.
 
-    Errors of ours (MetisError) and KeyboardInterrupt, SystemExit pass through.
+    A full disk is no mistake in it: that becomes DiskFull. Errors of ours (MetisError) and
+    KeyboardInterrupt, SystemExit pass through.
     """
 
     def __init__(self, what: str) -> None:
@@ -107,6 +108,8 @@ class app_code(AbstractContextManager[None]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise DiskFull(f"{self._what}: {_last_line(error)}") from error
         if isinstance(error, Exception) and not isinstance(error, MetisError):
             raise UserError(f"{self._what}: {_last_line(error)}") from error
 

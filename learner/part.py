@@ -6,6 +6,7 @@ Whether it is the right model is for the digest of all of it to say; only then d
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from types import TracebackType
 
 from metisfl.proto.chunk import Buffer, chunk_bytes, chunk_count
 from metisfl.proto.digest import RunningDigest
-from metisfl.proto.errors import MachineError, PeerError
+from metisfl.proto.errors import PeerError, machine_error
 from metisfl.proto.model_file import header_of
 from metisfl.proto.tensors import MANIFEST_BYTES_MAX, parse_manifest
 
@@ -27,7 +28,7 @@ _PREFIX = struct.Struct("<8sII")  # magic, version, manifest length
 class PartFile:
     """`<path>.<digest>.part`, next to the path that the model will have. A context manager.
 
-    Raises MachineError, from any method, for a full disk and the like.
+    Raises DiskFull and MachineError, from any method.
     """
 
     def __init__(self, path: Path, digest: bytes) -> None:
@@ -84,7 +85,7 @@ class PartFile:
         with self._on_disk():
             written = os.pwrite(self._descriptor, payload, self._payload_offset + offset)
             if written != len(payload):
-                raise OSError(0, f"only {written} of {len(payload)} bytes were written")
+                raise OSError(errno.ENOSPC, f"only {written} of {len(payload)} bytes were written")
         self._digest.update(offset, payload)
         self.received += 1
 
@@ -136,4 +137,5 @@ class PartFile:
         try:
             yield
         except OSError as error:
-            raise MachineError(f"{self._part}: {error.strerror}; make room or repair it") from None
+            text = f"{self._part}: {error.strerror}; make room or repair the disk"
+            raise machine_error(text, error) from None

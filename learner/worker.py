@@ -3,7 +3,8 @@
 Rule 1: the daemon stays free while a model trains: it beats, reports and cancels, and never imports
 the framework. Rule 2: the child is a new program, never a fork: a process that has used TensorFlow
 or OpenMP hangs in a forked child. Rule 3: whatever happens to the child, `run` answers: a result or
-a TrainingError that says why; the next `run` starts a new child if it must.
+a TrainingError that says why; the next `run` starts a new child if it must. A full disk is neither:
+it is DiskFull, and the job is done again when there is room.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from metisfl.learner.worker_messages import (
     Start,
     pack,
 )
-from metisfl.proto.errors import MetisError
+from metisfl.proto.errors import DiskFull, MetisError
 
 __all__ = [
     "Job",
@@ -172,7 +173,7 @@ class Worker:
     async def start(self) -> None:
         """Start the child unless it runs, and wait until the app is loaded (seconds, with Keras).
 
-        Raises TrainingError if the app cannot be loaded, or the key.
+        Raises TrainingError if the app cannot be loaded, or the key; DiskFull.
         """
         async with self._starting:
             if self._child is not None and not self._child.alive:
@@ -182,7 +183,7 @@ class Worker:
             if not self._child.ready:
                 try:
                     ready = await self._receive(self._child)
-                except TrainingError:
+                except (TrainingError, DiskFull):
                     await self._bury()  # it has nothing more to say; the next start loads anew
                     raise
                 assert isinstance(ready, Ready)
@@ -192,7 +193,7 @@ class Worker:
     async def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:
         """Do one job. `on_progress` is called at most ten times a second.
 
-        Raises TrainingError; TrainingCancelled after `cancel`.
+        Raises TrainingError; TrainingCancelled after `cancel`; DiskFull.
         """
         assert self._idle.is_set(), "one job at a time"
         self._number += 1
@@ -247,7 +248,7 @@ class Worker:
         return 0 if child is None else await child.ended()
 
     async def _receive(self, child: _Child) -> Ready | Progress | Result:
-        """The child's next message. Raises TrainingError for a failure and for its death."""
+        """The child's next message. Raises DiskFull; TrainingError for a failure and its death."""
         try:
             message = await child.receive()
         except EOFError:
@@ -259,6 +260,8 @@ class Worker:
         if isinstance(message, Failure):
             if message.fault == "cancelled":
                 raise TrainingCancelled(message.reason, message.fault)
+            if message.fault == "full":
+                raise DiskFull(f"{message.reason}; make room on that disk")
             raise TrainingError(message.reason, message.fault)
         assert isinstance(message, Ready | Progress | Result)
         return message

@@ -37,7 +37,7 @@ from metisfl.learner.worker_messages import (
     Start,
     pack,
 )
-from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.errors import FULL, DiskFull, MachineError, PeerError, UserError
 from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = ["main"]
@@ -108,6 +108,8 @@ def _failures(channel: _Channel) -> Iterator[None]:
         fail(str(error), "cancelled")
     except PeerError as error:
         fail(str(error), "peer")
+    except DiskFull as error:
+        fail(str(error), "full")
     except MachineError as error:
         fail(str(error), "machine")
     except UserError as error:
@@ -115,7 +117,8 @@ def _failures(channel: _Channel) -> Iterator[None]:
             traceback.print_exception(error.__cause__)
         fail(str(error), "user")
     except OSError as error:
-        fail(f"{error.filename or 'the update file'}: {error.strerror}", "machine")
+        fault: Fault = "full" if error.errno in FULL else "machine"
+        fail(f"{error.filename or 'the update file'}: {error.strerror}", fault)
 
 
 def main(descriptor: int) -> None:

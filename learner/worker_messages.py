@@ -38,7 +38,8 @@ LENGTH: Final = struct.Struct("<I")
 DURABLE_S: Final = 1.0
 """Work that took as long outlives a power cut; what took less is sooner done again than synced."""
 
-Fault = Literal["user", "peer", "machine", "cancelled"]
+Fault = Literal["user", "peer", "machine", "full", "cancelled"]
+"""Who must act; "full" is a full disk, which is nobody's failure."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,21 @@ exception and is never caught to be carried on from.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+from typing import ClassVar, Final
 
-__all__ = ["MachineError", "MetisError", "PeerError", "UserError"]
+__all__ = [
+    "FULL",
+    "DiskFull",
+    "MachineError",
+    "MetisError",
+    "PeerError",
+    "UserError",
+    "machine_error",
+]
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Of an OSError: the disk is full, or somebody's part of it."""
 
 
 class MetisError(Exception):
@@ -30,7 +42,18 @@ class MachineError(MetisError):
     exit_code = 3
 
 
+class DiskFull(MachineError):
+    """There is no room now, and may be later: whoever started the process starts it again then."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class PeerError(MetisError):
     """Another process sent what it must not send. It is told, counted, and nothing else stops."""
 
     exit_code = 4
+
+
+def machine_error(text: str, error: OSError) -> MachineError:
+    """The error that says `text`: DiskFull if `error` is that, which heals by itself."""
+    return (DiskFull if error.errno in FULL else MachineError)(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from metisfl.deploy import run
-from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.errors import DiskFull, MachineError, PeerError, UserError
 
 PATIENCE_S = 30  # never waited for in a test that passes
 
@@ -219,7 +220,7 @@ def test_a_parent_that_is_no_process_id_is_refused(
     assert "allowed is a process id" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [UserError, MachineError, PeerError])
+@pytest.mark.parametrize("kind", [UserError, MachineError, PeerError, DiskFull])
 def test_an_expected_error_is_one_line_and_its_exit_code(
     kind: type[UserError], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +235,31 @@ def test_an_expected_error_is_one_line_and_its_exit_code(
     assert capsys.readouterr().err == line
     assert run.run_polling("metisfl-broker", polling_main) == kind.exit_code
     assert capsys.readouterr().err == line
+
+
+def test_a_full_disk_is_no_defect_wherever_it_is_met(capsys: pytest.CaptureFixture[str]) -> None:
+    async def main(stop: run.StopSignal) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "home/trained")
+
+    assert run.run("metisfl-learner", main) == DiskFull.exit_code
+    told = "metisfl-learner: error: home/trained: No space left on device; make room\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_log_on_the_full_disk_takes_no_line_and_changes_no_exit_code() -> None:
+    program = """
+import sys
+from metisfl.deploy.run import run
+from metisfl.proto.errors import DiskFull
+
+async def main(stop):
+    raise DiskFull("no room")
+
+sys.exit(run("daemon", main))
+"""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stderr=full, timeout=PATIENCE_S)
+    assert ended.returncode == DiskFull.exit_code
 
 
 def test_a_defect_is_a_traceback_and_70(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from metisfl.deploy import supervisor as module
 from metisfl.deploy.restarts import KILLS_MAX
 from metisfl.deploy.supervisor import Supervisor
-from metisfl.proto.errors import MachineError, PeerError
+from metisfl.proto.errors import DiskFull, MachineError, PeerError
 
 # Notes each of its lives in a file; ends as `--end` says, and lives on once it has had `--lives`.
 MORTAL = """
@@ -80,6 +81,52 @@ def test_who_is_killed_is_back_with_the_same_options_and_the_user_is_told(folder
     mortals = asyncio.run(story())
     assert mortals.said == ["broker was killed (SIGSEGV); started again"] * 2
     assert mortals.lives("broker") == [f"3 {-signal.SIGSEGV}"] * 3
+
+
+def test_a_full_disk_is_waited_out_and_told_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even more often than kills are forgiven, and while others are looked after as ever."""
+    monkeypatch.setattr(module, "FULL_PAUSE_S", 0.05)
+    lives = KILLS_MAX + 3
+
+    async def story() -> Mortals:
+        mortals = Mortals(folder, spare=0)
+        await mortals.start("controller", lives=lives, end=DiskFull.exit_code)
+        await mortals.start("ada", lives=2, end=-signal.SIGKILL)
+        watching = asyncio.ensure_future(mortals.watch())
+        for name, wanted in (("controller", lives), ("ada", 2)):
+            while not mortals.book(name).exists() or len(mortals.lives(name)) < wanted:
+                await asyncio.sleep(0.01)
+        assert set(mortals.supervisor.pids) == {"controller", "ada"}
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        return mortals
+
+    mortals = asyncio.run(story())
+    assert sorted(mortals.said) == [
+        "ada was killed (SIGKILL); started again",
+        "controller has no room on its disk and goes on by itself when there is some: what it "
+        "said last",
+    ]
+
+
+def test_who_waits_for_room_delays_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FULL_PAUSE_S", 3600.0)
+
+    async def story() -> Mortals:
+        mortals = Mortals(folder, spare=0)
+        await mortals.start("controller", lives=FOR_EVER, end=DiskFull.exit_code)
+        await mortals.start("broker", lives=2, end=-signal.SIGKILL)
+        watching = asyncio.ensure_future(mortals.watch())
+        while len(mortals.said) < 2:
+            await asyncio.sleep(0.01)
+        assert set(mortals.supervisor.pids) == {"broker"}
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        return mortals
+
+    assert len(asyncio.run(story()).lives("controller")) == 1
 
 
 def test_a_server_that_ends_by_itself_ends_the_run_with_its_last_words(folder: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from metisfl.deploy.restarts import FULL_PAUSE_S
+from metisfl.proto.errors import DiskFull
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "deploy" / "systemd"
@@ -57,6 +61,25 @@ def test_a_crash_is_mended_and_a_mistake_is_not_repeated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("status", ["0", "3", "70", "KILL", "75"])
+def test_only_who_has_no_room_pauses(name: str, status: str, tmp_path: Path) -> None:
+    """systemd tells what runs after a daemon how that ended; `$$` is a `$` to it."""
+    (said,) = settings(name)["ExecStopPost"]
+    pause = tmp_path / "sleep"
+    pause.write_text('#!/bin/sh\necho "$1"\n')
+    pause.chmod(0o755)
+    done = subprocess.run(
+        shlex.split(said.replace("$$", "$")),
+        env={"PATH": str(tmp_path), "EXIT_STATUS": status},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    full = status == str(DiskFull.exit_code)
+    assert done.stdout == (f"{FULL_PAUSE_S:.0f}\n" if full else "")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_daemon_is_a_user_of_its_own_with_one_folder(name: str) -> None:
     unit = settings(name)
     stem = name.removesuffix(".service")
@@ -67,7 +90,8 @@ def test_a_daemon_is_a_user_of_its_own_with_one_folder(name: str) -> None:
     assert unit["StateDirectory"] == [folder]
     program = stem.rstrip("@")
     assert unit["ExecStart"][0].startswith(f"/opt/metisfl/bin/{program} --home %S/{folder}")
-    assert unit["EnvironmentFile"] == ["-/etc/metisfl/%N.env"]
+    joined = [f"-%S/{folder}/site.env"] if "learner" in name else []
+    assert unit["EnvironmentFile"] == [*joined, "-/etc/metisfl/%N.env"], "the last one wins"
 
 
 @pytest.mark.parametrize("name", NAMES)

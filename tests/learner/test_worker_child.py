@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from metisfl.learner.worker import Job, Progress, Result, TrainingError, Worker
+from metisfl.proto.errors import DiskFull
 from metisfl.proto.events import encode
 from metisfl.proto.events_pb2 import TaskFailed
 from metisfl.proto.model_file import write_model
 from metisfl.proto.tensors import Tensor
 
 APP = """
+import errno, os
 import numpy as np
 from metisfl.learner.trainer import EvaluateResult, TrainResult
 from metisfl.proto.tensors import Tensor
@@ -27,6 +29,8 @@ class App:
         return [Tensor("w", np.zeros(4), True)]
 
     def train(self, tensors, hyperparameters, seed, progress, cancelled):
+        if self.source == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint")
         if self.source == "file":
             open(b"/nowhere/patients-\\xff")
         progress(0.5, {"": 1.0, "n" * 200: 1.0, "loss": 0.5})
@@ -66,6 +70,11 @@ def test_what_cannot_be_shown_is_left_out_of_progress(tmp_path: Path) -> None:
 def test_a_number_of_examples_that_cannot_be_fails_the_task(tmp_path: Path, count: str) -> None:
     with pytest.raises(TrainingError, match=f"reports {count} examples"):
         work(tmp_path, count)
+
+
+def test_a_full_disk_is_nobodys_failure_though_the_apps_own_code_met_it(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match=r"training failed: .*No space left.*; make room"):
+        work(tmp_path, "full")
 
 
 def test_a_reason_is_text_whatever_a_file_is_called(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemons import Daemons
 from google.protobuf.message import Message
-from watched import APP, check, digest_of, watched
+from watched import APP, check, watched
 
 from metisfl.deploy.view import View
 from metisfl.proto import events_pb2 as pb
@@ -38,7 +38,9 @@ def kill_training_of(daemons: Daemons, name: str) -> None:
     os.kill(int(child), signal.SIGKILL)
 
 
-def test_a_killed_training_process_costs_its_task_some_time(daemons: Daemons) -> None:
+def test_a_killed_training_process_costs_its_task_some_time(
+    daemons: Daemons, undisturbed: Callable[[Daemons, int], str]
+) -> None:
     left = {2: "ada", 3: "bob"}
 
     def act(before: View, message: Message) -> None:
@@ -47,10 +49,6 @@ def test_a_killed_training_process_costs_its_task_some_time(daemons: Daemons) ->
             name = left.pop(message.round)
             loop.call_later(INTO_TRAINING_S, kill_training_of, daemons, name)
 
-    async def story() -> None:
-        undisturbed = digest_of(daemons, await watched(daemons, rounds=ROUNDS))
-        view = await watched(daemons, rounds=ROUNDS, act=act)
-        assert left == {}
-        check(daemons, view, undisturbed)
-
-    asyncio.run(story())
+    view = asyncio.run(watched(daemons, rounds=ROUNDS, act=act))
+    assert left == {}
+    check(daemons, view, undisturbed(daemons, ROUNDS))

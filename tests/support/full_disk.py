@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,18 @@ MIB = 1 << 20
 
 
 class SmallDisk:
-    """What is in `folder` is on a disk of `mib` MiB."""
+    """What is in `folder` is on a disk of `mib` MiB; what was there before is copied to it."""
 
     def __init__(self, folder: Path, mib: int) -> None:
         self.folder = folder
         assert os.geteuid() == 0, "a small disk is mounted for this test: run it as root"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        before = folder.with_name(f"{folder.name}.before")
+        shutil.copytree(folder, before)
         options = f"size={mib}m,mode=0700"
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+        shutil.copytree(before, folder, dirs_exist_ok=True)
+        shutil.rmtree(before)
         self._filler = folder / "filler"
 
     def fill(self) -> None:
