@@ -1,8 +1,7 @@
-"""Key pairs and lists of known keys, in plain text files of one `keys` folder.
+"""Who a process is: its principal and its key pair, in the file `identity.key` of a `keys` folder.
 
-Rule: a secret never leaves the file that it was made in. `identity.key` is created with mode 0600,
-never overwritten and never printed; `peers` and `servers` hold public keys only, one to a line.
-A public key may contain `#`, so a comment is a line that starts with `#`, never the end of one.
+Rule: a secret never leaves the file that it was made in, which is created with mode 0600, never
+overwritten and never printed. Lists of others' public keys are in `key_lists.py`.
 """
 
 from __future__ import annotations
@@ -20,25 +19,19 @@ from metisfl.proto.topics import check_name
 
 __all__ = [
     "IDENTITY_FILE",
-    "PEERS_FILE",
     "PRINCIPALS_ALLOWED",
-    "SERVERS_FILE",
     "Identity",
-    "add_peer",
-    "add_server",
     "check_mode",
     "check_principal",
     "create_identity",
     "is_public_key",
     "load_identity",
-    "load_peers",
-    "load_servers",
+    "principal_at",
+    "read_lines",
     "write_new",
 ]
 
 IDENTITY_FILE = "identity.key"
-PEERS_FILE = "peers"
-SERVERS_FILE = "servers"
 SERVER_PRINCIPALS = ("broker", "controller")
 NAMED_ROLES = ("learner", "driver")
 PRINCIPALS_ALLOWED = "broker, controller, learner:<name> or driver:<name>"
@@ -50,12 +43,6 @@ IDENTITY_TEXT = """\
 principal {principal}
 public {public}
 secret {secret}
-"""
-PEERS_TEXT = """\
-# Who may connect to this server: one `principal publickey` to a line. Keys not listed are refused.
-"""
-SERVERS_TEXT = """\
-# The servers that this site trusts: `broker publickey` and `controller publickey`.
 """
 
 
@@ -107,11 +94,14 @@ def create_identity(folder: Path, principal: str) -> Identity:
 
 
 def load_identity(folder: Path) -> Identity:
-    """Read `folder`/identity.key. Raises UserError if it is missing, damaged or open to others."""
-    path = folder / IDENTITY_FILE
+    """Read `folder`/identity.key, or the systemd credential of that name if the unit has one.
+
+    Raises UserError if it is missing, damaged or open to others.
+    """
+    path = _identity_path(folder)
     remedy = f"make one with `metisfl keys identity PRINCIPAL --folder {folder}`"
     fields: dict[str, str] = {}
-    for number, words in _lines(path, remedy, mode_refused=0o077):
+    for number, words in read_lines(path, remedy, mode_refused=0o077):
         if len(words) != 2 or words[0] not in ("principal", "public", "secret"):
             # The line is not shown: it may hold the secret.
             raise UserError(
@@ -123,100 +113,26 @@ def load_identity(folder: Path) -> Identity:
     missing = [name for name in ("principal", "public", "secret") if name not in fields]
     if missing:
         raise UserError(f"{path}: no line {' and no line '.join(missing)}; {remedy}")
-    principal = _principal_at(str(path), fields["principal"])
+    principal = principal_at(str(path), fields["principal"])
     public, secret = fields["public"].encode(), fields["secret"].encode()
     if not (is_public_key(public) and is_public_key(secret)) or zmq.curve_public(secret) != public:
         raise UserError(f"{path}: public and secret are not a key pair; the file is damaged")
     return Identity(principal, public, secret)
 
 
-def load_peers(folder: Path) -> dict[bytes, str]:
-    """Read `folder`/peers: public key (Z85) -> principal. Raises UserError."""
-    remedy = "create it, with one line `principal publickey` for each site that may connect"
-    return {key: principal for principal, key in _load_list(folder / PEERS_FILE, remedy).items()}
+def _identity_path(folder: Path) -> Path:
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    if credentials and (path := Path(credentials) / IDENTITY_FILE).exists():
+        return path
+    return folder / IDENTITY_FILE
 
 
-def load_servers(folder: Path, *needed: str) -> dict[str, bytes]:
-    """Read `folder`/servers: "broker" and/or "controller" -> public key (Z85).
+def read_lines(path: Path, remedy: str, mode_refused: int) -> list[tuple[int, list[str]]]:
+    """Number and words of each line that is neither blank nor a comment.
 
-    Raises UserError, also if one of `needed` is not there.
+    A public key may contain `#`, so a comment is a line that starts with it, never the end of one.
+    Raises UserError: with `remedy` if there is no file, and for a mode that is refused.
     """
-    path = folder / SERVERS_FILE
-    remedy = "create it, with the lines that the operator of broker and controller gave you"
-    servers = _load_list(path, remedy)
-    for principal in servers:
-        if principal not in SERVER_PRINCIPALS:
-            raise UserError(f"{path}: {principal!r} is not a server; use broker or controller")
-    for principal in needed:
-        if principal not in servers:
-            raise UserError(f"{path} has no line for the {principal}")
-    return servers
-
-
-def add_peer(folder: Path, principal: str, public: bytes) -> None:
-    """Add a line to `folder`/peers. The same line twice is one; a conflict raises UserError."""
-    _add(folder / PEERS_FILE, PEERS_TEXT, principal, public)
-
-
-def add_server(folder: Path, principal: str, public: bytes) -> None:
-    """Add a line to `folder`/servers. The same line twice is one; a conflict raises UserError."""
-    if principal not in SERVER_PRINCIPALS:
-        raise UserError(f"server {principal!r}: use broker or controller")
-    _add(folder / SERVERS_FILE, SERVERS_TEXT, principal, public)
-
-
-def _load_list(path: Path, remedy: str) -> dict[str, bytes]:
-    """Read lines `principal z85key`, in file order."""
-    keys: dict[str, bytes] = {}
-    lines: dict[str | bytes, int] = {}  # where each principal and each key was first seen
-    for number, words in _lines(path, remedy, mode_refused=0o002):
-        if len(words) != 2:
-            raise UserError(
-                f"{path}:{number}: {len(words)} words; allowed is `principal publickey`"
-            )
-        principal, key = _principal_at(f"{path}:{number}", words[0]), words[1].encode()
-        if not is_public_key(key):
-            raise UserError(
-                f"{path}:{number}: {words[1]!r} is not a public key: 40 characters, as printed by "
-                "`metisfl keys show`"
-            )
-        for seen in (principal, key):
-            if seen in lines:
-                what = "principal" if seen is principal else "key"
-                raise UserError(f"{path}:{number}: the {what} of line {lines[seen]} again")
-            lines[seen] = number
-        keys[principal] = key
-    return keys
-
-
-def _add(path: Path, heading: str, principal: str, public: bytes) -> None:
-    check_principal(principal)
-    if not is_public_key(public):
-        raise UserError(f"{public!r} is not a public key: 40 characters of Z85")
-    known = _load_list(path, "") if path.exists() else {}
-    if known.get(principal) == public:
-        return
-    if principal in known or public in known.values():
-        raise UserError(
-            f"{path} already lists {principal} with another key, or this key for another principal;"
-            " remove that line first"
-        )
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        before = path.read_text() if path.exists() else heading
-        gap = "" if before.endswith("\n") else "\n"
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
-        replacement = path.with_name(f".{path.name}.{os.getpid()}")
-        replacement.unlink(missing_ok=True)
-        write_new(replacement, f"{before}{gap}{principal} {public.decode()}\n".encode())
-        replacement.chmod(mode)
-        os.replace(replacement, path)
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def _lines(path: Path, remedy: str, mode_refused: int) -> list[tuple[int, list[str]]]:
-    """Number and words of each line that is neither blank nor a comment."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())  # of the file that is read, not of its name
@@ -252,7 +168,8 @@ def check_mode(path: Path, mode: int, refused: int) -> None:
         )
 
 
-def _principal_at(where: str, text: str) -> str:
+def principal_at(where: str, text: str) -> str:
+    """`check_principal` for what stands in a file: `where` is named in the error."""
     try:
         return check_principal(text)
     except UserError as error:

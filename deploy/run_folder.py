@@ -2,6 +2,7 @@
 
 Rule: every process gets a key pair of its own and knows only whom it must: the servers know their
 peers, the others know the servers. It is the layout that sites on different machines have too.
+An insecure federation has the folders and no keys.
 
     <run folder>/broker  controller  driver  learners/<name>    one home each, with keys/
     <run folder>/logs                                           one file a process
@@ -13,7 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from metisfl.deploy.keys import Identity, add_peer, add_server, create_identity
+from metisfl.broker.client import Claim, ClientKeys, Credentials
+from metisfl.deploy.key_lists import add_server
+from metisfl.deploy.keys import create_identity
+from metisfl.deploy.registry import Peer, admit
 from metisfl.proto.errors import MachineError, UserError
 
 __all__ = ["DRIVER", "RunFolder", "create_run_folder"]
@@ -23,7 +27,7 @@ DRIVER = "driver:local"
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where everything of a run is."""
+    """Where everything of a run is. `driver_keys` are the driver's towards the broker."""
 
     folder: Path
     broker: Path
@@ -31,11 +35,10 @@ class RunFolder:
     driver: Path
     learners: Mapping[str, Path]
     logs: Path
-    driver_identity: Identity
-    broker_public: bytes
+    driver_keys: Credentials
 
 
-def create_run_folder(folder: Path, learners: list[str]) -> RunFolder:
+def create_run_folder(folder: Path, learners: list[str], *, insecure: bool = False) -> RunFolder:
     """Make the folders and keys of a run. Raises UserError if `folder` has content already."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; a run needs a folder of its own")
@@ -50,19 +53,6 @@ def create_run_folder(folder: Path, learners: list[str]) -> RunFolder:
         raise MachineError(f"{folder}: {error.strerror}") from None
     clients = {f"learner:{name}": home for name, home in homes.items()}
     clients[DRIVER] = folder / "driver"
-    identities = {
-        principal: create_identity(home / "keys", principal)
-        for principal, home in {**servers, **clients}.items()
-    }
-    for principal, identity in identities.items():
-        if principal != "broker":
-            add_peer(servers["broker"] / "keys", principal, identity.public)
-        if principal in clients:
-            add_peer(servers["controller"] / "keys", principal, identity.public)
-    for principal in ("broker", "controller"):
-        for home in (*clients.values(), servers["controller"]):
-            if home != servers[principal]:
-                add_server(home / "keys", principal, identities[principal].public)
     return RunFolder(
         folder=folder,
         broker=servers["broker"],
@@ -70,6 +60,33 @@ def create_run_folder(folder: Path, learners: list[str]) -> RunFolder:
         driver=clients[DRIVER],
         learners=homes,
         logs=folder / "logs",
-        driver_identity=identities[DRIVER],
-        broker_public=identities["broker"].public,
+        driver_keys=_no_keys(servers, clients) if insecure else _make_keys(servers, clients),
     )
+
+
+def _no_keys(servers: Mapping[str, Path], clients: Mapping[str, Path]) -> Claim:
+    try:
+        for home in (*servers.values(), *clients.values()):
+            (home / "keys").mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise MachineError(f"{error.filename}: {error.strerror}") from None
+    return Claim(DRIVER)
+
+
+def _make_keys(servers: Mapping[str, Path], clients: Mapping[str, Path]) -> ClientKeys:
+    """Give each home its key pair and the lists of whom it knows; return the driver's keys."""
+    identities = {
+        principal: create_identity(home / "keys", principal)
+        for principal, home in {**servers, **clients}.items()
+    }
+    for principal, identity in identities.items():
+        if principal != "broker":
+            admit(servers["broker"] / "keys", Peer(principal, identity.public))
+        if principal in clients:
+            admit(servers["controller"] / "keys", Peer(principal, identity.public))
+    for principal in ("broker", "controller"):
+        for home in (*clients.values(), servers["controller"]):
+            if home != servers[principal]:
+                add_server(home / "keys", principal, identities[principal].public)
+    driver = identities[DRIVER]
+    return ClientKeys(driver.public, driver.secret, identities["broker"].public)

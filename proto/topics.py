@@ -17,6 +17,7 @@ __all__ = [
     "KINDS",
     "TRANSIENT_KINDS",
     "Topic",
+    "access_topic",
     "beat_topic",
     "check_name",
     "done_topic",
@@ -33,7 +34,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 ALL = "all"
 HEADS = b"hb/"
 TRANSIENT_KINDS = frozenset({"beat"})
-KINDS = frozenset({"run", "task", "done", "member", "ledger"}) | TRANSIENT_KINDS
+KINDS = frozenset({"run", "task", "done", "member", "ledger", "access"}) | TRANSIENT_KINDS
 TOPIC_BYTES_MAX = 160
 
 
@@ -104,6 +105,10 @@ def member_topic(federation: str, learner: str) -> str:
 
 def ledger_topic(federation: str, learner: str) -> str:
     return f"{federation}/ledger/{learner}/"
+
+
+def access_topic(federation: str) -> str:
+    return f"{federation}/access/{ALL}/"
 
 
 def beat_topic(federation: str, learner: str) -> str:

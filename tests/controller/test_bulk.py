@@ -14,12 +14,16 @@ import zmq
 from structlog.testing import capture_logs
 
 from metisfl.broker.client import ClientKeys
+from metisfl.controller import gate
 from metisfl.controller.bulk import BulkEndpoint, Expected
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.controller.uploads import Uploads
+from metisfl.deploy.audit import Audit
 from metisfl.deploy.curve import secure_client
 from metisfl.deploy.keys import Identity
+from metisfl.deploy.registry import Peer, Watch, admit, expel
+from metisfl.deploy.run import StopSignal
 from metisfl.learner.transfer import BulkClient
 from metisfl.native_c import crc32c
 from metisfl.proto import bulk as frames
@@ -244,6 +248,52 @@ def test_an_unknown_key_is_not_let_in_until_it_is_known(
     site.bulk.replace_peers({stranger.public: stranger.principal})
     socket.close(linger=0)
     assert isinstance(ask(dial(stranger), [b"?", b"let me in"]), frames.Refused)
+
+
+async def until(true: Callable[[], bool], what: str) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(what)
+
+
+def test_an_expelled_site_is_cut_off_and_an_upload_of_another_goes_on(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "LOOK_S", 0.01)
+    keys = tmp_path / "keys"
+    bob = LEARNERS[1]
+    for who in (ADA, bob):
+        admit(keys, Peer(who.principal, who.public))
+    digest = a_model(tmp_path / "m.model", 60)
+    tasks = {"ada": Expected(ADA.principal, federation=FEDERATION)}
+    tasks["bob"] = Expected(bob.principal, federation=FEDERATION)
+    audit = Audit(tmp_path / "audit.jsonl")
+
+    async def go() -> None:
+        site.bulk.expect(tasks)
+        stop = StopSignal()
+        keeping = asyncio.create_task(gate.keep_gate(Watch(keys), "demo", site.bulk, audit, stop))
+        async with client_of(site, ADA) as ada, client_of(site, bob) as theirs:
+            path = tmp_path / "m.model"
+            going_on = asyncio.create_task(ada.upload("ada", path, run_id="run-1"))
+            cut = asyncio.create_task(theirs.upload("bob", path, run_id="run-1"))
+            received = "chunks_received"
+            await until(lambda: site.bulk.counts.get(received, 0) > 0, f"{site.bulk.counts}")
+            expel(keys, bob.principal)
+            await asyncio.wait_for(going_on, 30)
+            assert not cut.done(), "who was expelled was served to the end"
+            cut.cancel()
+            await asyncio.gather(cut, return_exceptions=True)
+        stop.request()
+        await keeping
+
+    asyncio.run(go())
+    audit.close()
+    assert site.stored.get_nowait()[:2] == ("ada", digest)
+    assert site.stored.empty()
+    assert "expelled" in (tmp_path / "audit.jsonl").read_text()
 
 
 def test_an_address_in_use_is_said_with_its_remedy(site: Site, tmp_path: Path) -> None:

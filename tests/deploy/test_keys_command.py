@@ -15,8 +15,9 @@ from example_key import FOUND, PUBLIC, public_part, secret_of
 from zmq.utils import z85
 
 from metisfl.deploy.ckks_keys import load_secret, write_new_key
-from metisfl.deploy.keys import create_identity, load_peers
+from metisfl.deploy.keys import create_identity
 from metisfl.deploy.keys_command import KEYS_GROUP, command
+from metisfl.deploy.registry import load_registry
 from metisfl.proto.ckks_key import FILE_BYTES_MAX, SEALED_MAGIC, is_secret
 from metisfl.proto.errors import MachineError, UserError
 
@@ -254,7 +255,7 @@ def test_all_that_is_shown_may_go_into_a_list_of_peers(
     said = [shown(capsys, str(folder)) for folder in (sites.north, sites.south, sites.maker)]
     assert said[0].splitlines()[0] == public_line(sites.north)
     (tmp_path / "peers").write_text("".join(said))
-    assert set(load_peers(tmp_path).values()) == {"learner:north", "learner:south"}
+    assert set(load_registry(tmp_path).peers) == {"learner:north", "learner:south"}
 
 
 def test_of_a_key_everything_is_shown_that_its_sites_agree_to(

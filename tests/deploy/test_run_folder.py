@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from metisfl.deploy.keys import load_identity, load_peers, load_servers
+from metisfl.deploy.key_lists import load_servers
+from metisfl.deploy.keys import load_identity
+from metisfl.deploy.registry import load_registry
 from metisfl.deploy.run_folder import DRIVER, create_run_folder
 from metisfl.proto.errors import UserError
 
@@ -15,8 +17,8 @@ from metisfl.proto.errors import UserError
 def test_servers_know_their_peers_and_the_others_know_the_servers(tmp_path: Path) -> None:
     made = create_run_folder(tmp_path / "run", ["ada", "bob"])
     learners = {"learner:ada", "learner:bob"}
-    assert set(load_peers(made.broker / "keys").values()) == {"controller", DRIVER, *learners}
-    assert set(load_peers(made.controller / "keys").values()) == {DRIVER, *learners}
+    assert set(load_registry(made.broker / "keys").peers) == {"controller", DRIVER, *learners}
+    assert set(load_registry(made.controller / "keys").peers) == {DRIVER, *learners}
     assert set(load_servers(made.controller / "keys")) == {"broker"}
     for home in (*made.learners.values(), made.driver):
         servers = load_servers(home / "keys")

@@ -32,8 +32,8 @@ def answer(dealer: zmq.Socket[bytes]) -> frames.Reply:
     return frames.parse_reply(dealer.recv_multipart())
 
 
-def still_serves(site: Any, topic: str, sockets: Any) -> None:
+def still_serves(site: Any, topic: str, sockets: Any, sequence: int = 1) -> None:
     """Another peer publishes as if nothing had happened."""
     dealer = site.greeted(sockets)
-    dealer.send_multipart(publish(envelope(site.identity.principal, 1, topic)))
-    assert answer(dealer) == Ack(1, 1)
+    dealer.send_multipart(publish(envelope(site.identity.principal, sequence, topic)))
+    assert answer(dealer) == Ack(1, sequence)

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
-from metisfl.deploy.keys import load_identity, load_servers
+from metisfl.deploy.key_lists import load_servers
+from metisfl.deploy.keys import load_identity
 from metisfl.learner.transfer import BulkClient
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
