@@ -16,6 +16,7 @@ __all__ = [
     "SUBSCRIPTIONS_MAX",
     "SUBSCRIPTION_BYTES_MAX",
     "Subscriptions",
+    "is_limited",
     "may_ask_status",
     "may_publish",
     "may_read",
@@ -27,6 +28,7 @@ SUBSCRIPTION_BYTES_MAX: Final = 255
 _CONTROLLER_WRITES: Final = frozenset({"run", "task", "ledger", "beat"})
 _LEARNER_WRITES: Final = frozenset({"done", "member", "beat"})
 _READS_ALL: Final = frozenset({"controller", "driver"})
+_KNOWN: Final = _READS_ALL | {"learner"}
 
 
 def _role(principal: str) -> tuple[str, str]:
@@ -49,9 +51,9 @@ def may_read(principal: str, prefix: str) -> bool:
 
     A prefix is a federation (`f/`), a kind in it (`f/done/`), a topic, or the heads (`hb/`).
     """
-    if prefix.encode() == HEADS:
-        return True
     role, name = _role(principal)
+    if prefix.encode() == HEADS:
+        return role in _KNOWN
     levels = prefix.split("/")
     if levels[-1] or not all(NAME.fullmatch(level) for level in levels[:-1]):
         return False
@@ -69,6 +71,11 @@ def may_read(principal: str, prefix: str) -> bool:
 def may_ask_status(principal: str) -> bool:
     """Tell whether `principal` may ask how the broker is."""
     return _role(principal)[0] in _READS_ALL
+
+
+def is_limited(principal: str) -> bool:
+    """Tell whether what `principal` publishes is held to a rate; only the controller is not."""
+    return _role(principal)[0] != "controller"
 
 
 class Subscriptions:

@@ -10,13 +10,22 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar
 
 from metisfl.broker.lane import Lane
 from metisfl.proto.envelope import parse_envelope
 from metisfl.proto.errors import PeerError
-from metisfl.proto.frames import Beat, Busy, Fetch, FetchedBatch, Head, RawRecord
+from metisfl.proto.frames import (
+    FETCHES_MAX,
+    Beat,
+    Busy,
+    Fetch,
+    FetchedBatch,
+    Head,
+    RawRecord,
+    Receipt,
+)
 
 __all__ = ["Batch", "Feed", "Readers", "Record"]
 
@@ -116,6 +125,7 @@ class Readers:
         self._lanes: dict[str, tuple[Lane, Feed[Batch]]] = {}
         self._beats: dict[str, tuple[deque[Beat], Feed[Beat]]] = {}
         self._request = 0
+        self._receipt = self._shown = 0
 
     @property
     def lanes(self) -> list[str]:
@@ -160,6 +170,8 @@ class Readers:
 
     def fetched(self, answer: FetchedBatch | Busy, now: float) -> None:
         """The log answered one of `wanted`. Raises HistoryLost."""
+        if isinstance(answer, FetchedBatch):
+            self._receipt = answer.receipt
         for lane, _ in self._lanes.values():
             if isinstance(answer, FetchedBatch):
                 lane.batch(answer)
@@ -168,15 +180,34 @@ class Readers:
 
     def welcomed(self) -> None:
         """The connection to the log is a new one."""
+        self._receipt = self._shown = 0
         for lane, _ in self._lanes.values():
             lane.welcomed()
 
     def wanted(self, now: float) -> Iterator[Fetch]:
-        """What to ask the log for; it counts as asked."""
-        for lane, _ in self._lanes.values():
+        """What to ask the log for; it counts as asked.
+
+        So few at a time that the broker never puts one off. Whoever asked has its next turn last.
+        """
+        waiting = sum(lane.waiting for lane, _ in self._lanes.values())
+        for name, (lane, feed) in list(self._lanes.items()):
+            if waiting >= FETCHES_MAX and not lane.waiting:
+                continue
+            waits = lane.waiting
             if fetch := lane.wanted(now, self._request + 1):
                 self._request = (self._request + 1) % 2**31
-                yield fetch
+                waiting += not waits
+                del self._lanes[name]
+                self._lanes[name] = lane, feed
+                self._shown = self._receipt
+                yield replace(fetch, receipt=self._receipt)
+
+    def receipt(self) -> Receipt | None:
+        """The receipt for what was answered last, if no fetch has shown it; it counts as shown."""
+        if self._shown == self._receipt:
+            return None
+        self._shown = self._receipt
+        return Receipt(self._receipt)
 
     def wake(self) -> None:
         """Wake the readers for whom there is something."""

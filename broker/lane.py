@@ -55,7 +55,8 @@ class Lane:
         self._behind_since: float | None = None
         self._check = True  # ask the log at once
         self._unconfirmed = True  # the next head may be the first that knows our subscription
-        self._asked: Fetch | None = None
+        self.waiting = False  # for an answer
+        self._asked: Fetch | None = None  # its answer is welcome, however late
         self._asked_at = 0.0
         self._paused_until = 0.0
 
@@ -81,7 +82,7 @@ class Lane:
         """The answer to a fetch. Raises HistoryLost if the log ends before our cursor."""
         if self._asked is None or batch.request != self._asked.request:
             return
-        asked, self._asked = self._asked, None
+        asked, self._asked, self.waiting = self._asked, None, False
         if batch.head < asked.after:
             raise HistoryLost(
                 f"the broker's log ends at {batch.head}, but lane {self.name} was read up to "
@@ -120,19 +121,22 @@ class Lane:
         """The broker answered a fetch with "not now". Returns False if it was not this lane's."""
         if self._asked is None or busy.request != self._asked.request:
             return False
-        self._asked = None
+        self.waiting = False
         self._check = True
         self._paused_until = now + min(busy.retry_ms, 60_000) / 1000
         return True
 
     def welcomed(self) -> None:
         """A new connection to the log: what was asked on the old one gets no answer."""
-        self._asked = None
+        self._asked, self.waiting = None, False
         self._miss()
 
     def wanted(self, now: float, request: int) -> Fetch | None:
-        """Return what to ask the log for now, under the number `request`; it counts as asked."""
-        if self._asked is not None:
+        """Return what to ask the log for now, under the number `request`; it counts as asked.
+
+        The same question keeps its number, so that a slow answer to it is still the answer.
+        """
+        if self.waiting:
             if now - self._asked_at < ANSWER_S:
                 return None
         elif now < self._paused_until or not self._has_room():
@@ -144,8 +148,9 @@ class Lane:
             if now - self._behind_since < BEHIND_S:
                 return None
         self._behind_since = None
-        self._asked = Fetch(request, self.cursor, FETCH_EVENTS_MAX, self.name)
-        self._asked_at = now
+        if self._asked is None or self._asked.after != self.cursor:
+            self._asked = Fetch(request, self.cursor, FETCH_EVENTS_MAX, self.name)
+        self._asked_at, self.waiting = now, True
         return self._asked
 
     @property

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from metisfl.broker.schema import DamagedLog, damaged, explained
 from metisfl.broker.sequencer import Recovered
@@ -52,6 +52,9 @@ class Stored(NamedTuple):
     envelope: bytes
 
 
+_TYPES: Final = (int, str, int, int, int, int, bytes)  # of Stored
+
+
 class Found(NamedTuple):
     """The next records of a lane. They cover it up to `through`.
 
@@ -79,14 +82,21 @@ class LogReader:
                 raise self._damaged(f"its first record is {first}, but it was trimmed to {floor}")
             found = Recovered(
                 head=max(head, floor),
-                federations=read(
-                    f"select id, name, {_HEAD.format(lane='federation')} from federation"
-                ).fetchall(),
-                topics=read(
-                    f"select id, name, federation, {_HEAD.format(lane='topic')} from topic"
-                ).fetchall(),
-                watermarks=read("select name, epoch, sequence from publisher").fetchall(),
+                federations=self._all(
+                    f"select id, name, {_HEAD.format(lane='federation')} from federation",
+                    (int, str, int),
+                ),
+                topics=self._all(
+                    f"select id, name, federation, {_HEAD.format(lane='topic')} from topic",
+                    (int, str, int, int),
+                ),
+                watermarks=self._all(
+                    "select name, epoch, sequence from publisher", (str, int, int)
+                ),
             )
+            known = {number for number, _, _ in found.federations}
+            if not known >= {federation for _, _, federation, _ in found.topics}:
+                raise self._damaged("a topic is of a federation that it does not hold")
             for _ in self._checked(max(floor, found.head - TAIL_EVENTS), found.head):
                 pass
         return found
@@ -151,7 +161,7 @@ class LogReader:
             self._connection.execute("begin")
             try:
                 (floor,) = self._connection.execute(_FLOOR).fetchone()
-                if floor < 0:
+                if type(floor) is not int or floor < 0:
                     raise self._damaged("it does not say to where it was trimmed")
                 yield floor
             finally:
@@ -159,6 +169,14 @@ class LogReader:
                 self._connection.execute("rollback")
         except sqlite3.Error as error:
             raise explained(error, self._path) from error
+
+    def _all(self, query: str, kinds: tuple[type, ...]) -> list[Any]:
+        """All rows, whose values are of these types: SQLite would keep any in any place."""
+        rows = self._connection.execute(query).fetchall()
+        for row in rows:
+            if tuple(map(type, row)) != kinds:
+                raise self._damaged(f"{row!r:.200} is no row of `{query}`")
+        return rows
 
     def _trimmed(self, of_federation: bool, lane_id: int) -> int:
         table = "federation" if of_federation else "topic"
@@ -182,6 +200,8 @@ class LogReader:
         try:
             for row in cursor:
                 record = Stored(*row)
+                if tuple(map(type, row)) != _TYPES or min(row[2:6]) < 0:
+                    raise self._damaged(f"record {record.sequence} has a field that cannot be")
                 if zlib.crc32(record.envelope) != record.crc:
                     raise self._damaged(f"record {record.sequence} does not match its checksum")
                 yield record

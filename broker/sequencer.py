@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
+from metisfl.broker.status import POISON
 from metisfl.proto.topics import federation_lane
 
 __all__ = [
@@ -59,6 +60,7 @@ class Refused:
     sequence: int
     reason: str
     envelope: bytes
+    cause: str = POISON  # one of status.EVENT_REFUSALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,11 @@ class Publisher:
         """The last sequence of `epoch` that is on disk."""
         return self.durable if epoch == self.durable_epoch else 0
 
+    @property
+    def undecided(self) -> int:
+        """How many of its events have a place or were refused, but are not on disk yet."""
+        return self.last - self.stored(self.epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
@@ -183,6 +190,16 @@ class Sequencer:
         """The topic or federation lane of that name, if there was ever an event in it."""
         return self._lanes.get(name)
 
+    def federations(self) -> list[str]:
+        """The names of those that there were ever events of."""
+        lanes = self._lanes.values()
+        return [lane.name.rstrip("/") for lane in lanes if lane.federation is None]
+
+    def close_topics(self) -> None:
+        """Let every publisher's next event under a topic be judged again."""
+        for publisher in self._publishers.values():
+            publisher.topics.clear()
+
     def order(self, publisher: Publisher, epoch: int, sequence: int) -> Order:
         """Tell what an event is; one that is next in a newer epoch fences the older."""
         if epoch != publisher.epoch:
@@ -232,11 +249,13 @@ class Sequencer:
         self._touched_lanes.add(topic)
         self._bytes += len(envelope)
 
-    def refuse(self, publisher: Publisher, reason: str, envelope: bytes) -> None:
+    def refuse(
+        self, publisher: Publisher, reason: str, envelope: bytes, cause: str = POISON
+    ) -> None:
         """Put the publisher's next event aside for good."""
         publisher.last += 1
         self._refused.append(
-            Refused(publisher.name, publisher.epoch, publisher.last, reason, envelope)
+            Refused(publisher.name, publisher.epoch, publisher.last, reason, envelope, cause)
         )
         self._touched_publishers.add(publisher)
         self._bytes += len(envelope)

@@ -16,9 +16,19 @@ from typing import Final
 from metisfl.proto.errors import PeerError
 from metisfl.proto.frames import REASON_BYTES_MAX
 
-__all__ = ["PRINCIPALS_TOLD_MAX", "REFUSALS", "BrokerStatus", "pack_status", "parse_status"]
+__all__ = [
+    "EVENT_REFUSALS",
+    "OFFENDERS_MAX",
+    "PRINCIPALS_TOLD_MAX",
+    "REFUSALS",
+    "REQUEST_REFUSALS",
+    "BrokerStatus",
+    "pack_status",
+    "parse_status",
+]
 
 PRINCIPALS_TOLD_MAX: Final = 1000
+OFFENDERS_MAX: Final = 64
 
 FULL_DISK: Final = "full_disk"
 LOG_LIMIT: Final = "log_limit"
@@ -26,17 +36,42 @@ POISON: Final = "poison"
 FENCED: Final = "fenced"
 DAMAGED: Final = "damaged"
 INVALID: Final = "invalid"
-REFUSALS: Final = (FULL_DISK, LOG_LIMIT, POISON, FENCED, DAMAGED, INVALID)
+FORGED: Final = "forged"
+FORBIDDEN_TOPIC: Final = "forbidden_topic"
+RATE_LIMITED: Final = "rate_limited"
+EVENT_REFUSALS: Final = (
+    *(FULL_DISK, LOG_LIMIT, POISON, FENCED, DAMAGED, INVALID),
+    *(FORGED, FORBIDDEN_TOPIC, RATE_LIMITED),
+)
 """Why an event was not stored: no room on the disk, none in the log, put aside for good, of an
-older epoch, damaged on the way, not understood or in another's name. An event that is sent again
-and refused again counts again."""
+older epoch, damaged on the way, not understood; in another's name, put aside since its publisher
+may not write there, too many a second. An event that is sent again and refused again counts
+again."""
+
+CONNECTION: Final = "connection"
+SUBSCRIPTION: Final = "subscription"
+LANE: Final = "lane"
+HELD: Final = "fetch_held"
+BEAT: Final = "beat"
+STATUS: Final = "status"
+MALFORMED: Final = "malformed"
+REQUEST_REFUSALS: Final = (CONNECTION, SUBSCRIPTION, LANE, HELD, BEAT, STATUS, MALFORMED)
+"""What else was refused: a connection or hello too many or of another protocol, a subscription, a
+lane that is not the reader's, a fetch that was put off, a beat, a question for the status, and what
+is not understood."""
+
+REFUSALS: Final = frozenset({*EVENT_REFUSALS, *REQUEST_REFUSALS})
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerStatus:
-    """Counts are since the broker's start; sizes are at most about a second old.
+    """`insecure`: it was started with --insecure, so nothing here is known for sure.
 
-    `connections`: known ones of each principal. One that ended counts until its place is needed.
+    Counts are since the broker's start; sizes are at most about a second old.
+
+    `connections`: known ones of each principal. One that ended counts until that is noticed.
+    `events_refused` and `requests_refused`: by cause, see EVENT_REFUSALS and REQUEST_REFUSALS.
+    `offenders`: how often each of those was refused that were refused most, at most 64.
     """
 
     incarnation: int
@@ -51,12 +86,16 @@ class BrokerStatus:
     full_reason: str
     connections: Mapping[str, int]
     messages_dropped: int  # to peers that were slow or gone; they ask again
+    insecure: bool
+    requests_refused: Mapping[str, int]
+    offenders: Mapping[str, int]
 
 
 def pack_status(status: BrokerStatus) -> bytes:
     told = asdict(status)
     told["full_reason"] = status.full_reason[: REASON_BYTES_MAX // 4]
     told["connections"] = dict(sorted(status.connections.items())[:PRINCIPALS_TOLD_MAX])
+    told["offenders"] = dict(list(status.offenders.items())[:OFFENDERS_MAX])
     return json.dumps(told, separators=(",", ":")).encode()
 
 
@@ -72,6 +111,8 @@ def parse_status(data: bytes) -> BrokerStatus:
         value = told.get(field.name)
         if field.type == "int":
             right = _is_count(value)
+        elif field.type == "bool":
+            right = isinstance(value, bool)
         elif field.type == "str":
             right = isinstance(value, str)
         else:

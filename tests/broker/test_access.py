@@ -77,6 +77,8 @@ def test_a_principal_reads_what_concerns_it(principal: str, prefix: str) -> None
         ("controller", "f/done/l1/more/"),
         ("broker", "f/"),
         ("learner:all", ""),
+        ("invited:learner:l1", "hb/"),
+        ("invited:learner:l1", "f/task/l1/"),
     ],
 )
 def test_a_principal_reads_nothing_else(principal: str, prefix: str) -> None:

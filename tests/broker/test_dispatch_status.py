@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from metisfl.broker.dispatch import TellStatus
-from metisfl.broker.status import REFUSALS
+from metisfl.broker.status import EVENT_REFUSALS
 from metisfl.proto import frames
 from metisfl.proto.frames import Reject
 
@@ -41,10 +41,11 @@ def test_what_is_stored_and_refused_is_counted_by_cause(desk: Any) -> None:
     desk.publish(L1, 1, epoch=7)
     desk.publish(L1, 4, epoch=1)  # of an older epoch
     desk.commit()
-    counted = {cause: count for cause, count in desk.dispatch.refused.items() if count}
-    assert counted == {"poison": 1, "invalid": 1, "damaged": 1, "fenced": 1}
+    refused = desk.dispatch.offences.events
+    counted = {cause: count for cause, count in refused.items() if count}
+    assert counted == {"poison": 1, "forged": 1, "damaged": 1, "fenced": 1}
     assert desk.dispatch.stored == 3
-    assert set(desk.dispatch.refused) == set(REFUSALS), "whatever comes, the causes are these"
+    assert set(refused) == set(EVENT_REFUSALS), "whatever comes, the causes are these"
 
 
 @pytest.mark.parametrize("cause", ["full_disk", "log_limit"])
@@ -53,9 +54,10 @@ def test_every_event_that_finds_no_room_is_counted(desk: Any, cause: str) -> Non
     desk.dispatch.sequencer.seal(1)
     desk.publish(L2, 1)
     desk.dispatch.failed("no room", desk.now, cause)
-    assert desk.dispatch.refused[cause] == 3, "in flight, and behind it"
+    refused = desk.dispatch.offences.events
+    assert refused[cause] == 3, "in flight, and behind it"
     desk.publish(L1, 1, 2)
-    assert desk.dispatch.refused[cause] == 5, "and again when they are sent again"
+    assert refused[cause] == 5, "and again when they are sent again"
     assert desk.dispatch.stored == 0
 
 

@@ -21,7 +21,7 @@ import pytest
 from client_stories import PATIENCE_S, read, run, until
 
 from metisfl.broker.client import BrokerClient, Record
-from metisfl.broker.service import LIVE_SEND_HWM
+from metisfl.broker.doors import LIVE_SEND_HWM
 
 TOPIC = "f/done/l1/"
 
@@ -183,7 +183,7 @@ def test_a_stopped_subscriber_costs_bounded_memory_and_slows_nobody(
     Times are compared within one run, in turns; the disk's moods are of the machine, so the best
     of three turns counts.
     """
-    learner, controller = site("learner:l1"), site("controller")
+    controller, driver = site("controller"), site("driver:r")
     broker.start()
     pid = broker.process.pid
 
@@ -198,12 +198,12 @@ def test_a_stopped_subscriber_costs_bounded_memory_and_slows_nobody(
     async def publish_big(client: BrokerClient, count: int) -> None:
         while count:
             some = min(count, await client.room(), 100)
-            learner.accept(*[TOPIC] * some, reason=REASON)
+            controller.accept(*["f/task/l1/"] * some, reason=REASON)
             client.flush()
             count -= some
 
     async def story() -> None:
-        async with learner.client() as client, controller.client() as reader:
+        async with controller.client() as client, driver.client() as reader:
             feed = reader.records("f/")
             ratios, growth = [], 0
             await phase(client, feed, EVENTS // 4)  # it warms up

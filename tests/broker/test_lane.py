@@ -168,6 +168,25 @@ def test_busy_is_asked_again_after_its_pause() -> None:
     assert lane.wanted(NOW + 0.3, 2) is not None
 
 
+def test_an_answer_that_takes_longer_than_the_patience_is_still_the_answer() -> None:
+    """Else a big answer over a slow line would never do: each came to a question given up."""
+    lane = Lane("f/", 5)
+    first = lane.wanted(NOW, 1)
+    assert lane.wanted(NOW + 3, 2) == first, "the same question is the same"
+    assert lane.busy(Busy(250, 1, "the first is on its way"), NOW + 3)
+    lane.batch(FetchedBatch(1, 6, 6, 0, (record(6, 5),)))
+    assert taken(lane) == [6]
+    lane.batch(FetchedBatch(1, 6, 6, 0, (record(6, 5),)))
+    assert taken(lane) == [], "once"
+
+
+def test_another_question_has_another_number() -> None:
+    lane = Lane("f/", 5)
+    lane.wanted(NOW, 1)
+    lane.live(record(6, 5))
+    assert lane.wanted(NOW + 3, 2) == Fetch(2, 6, 256, "f/")
+
+
 def test_a_log_that_ends_before_the_cursor_is_an_error() -> None:
     lane = Lane("f/", 5)
     with pytest.raises(HistoryLost, match="ends at 4, but lane f/ was read up to 5 before"):

@@ -55,7 +55,7 @@ class World:
     def hello(self, source: Source) -> frames.Reply:
         peer = source.name.encode()
         if not self.dispatch.knows(peer):
-            self.dispatch.connect(peer, source.name, self.now)
+            assert self.dispatch.connect(peer, source.name, self.now, lambda _: True)
         hello = Hello(protocol=frames.PROTOCOL, software="test", epoch=source.epoch)
         (answer, *_) = self.dispatch.handle(peer, frames.pack_hello(hello), self.now)
         assert isinstance(answer, Reply)

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metisfl.broker.status import (
+    EVENT_REFUSALS,
+    OFFENDERS_MAX,
     PRINCIPALS_TOLD_MAX,
-    REFUSALS,
+    REQUEST_REFUSALS,
     BrokerStatus,
     pack_status,
     parse_status,
@@ -28,11 +30,14 @@ STATUS = BrokerStatus(
     log_limit_bytes=2**32,
     disk_free_bytes=2**40,
     events_stored=93,
-    events_refused=dict.fromkeys(REFUSALS, 2),
+    events_refused=dict.fromkeys(EVENT_REFUSALS, 2),
     full_since_unix_ns=9,
     full_reason="no room",
     connections={"controller": 1, "learner:l1": 2},
     messages_dropped=3,
+    insecure=True,
+    requests_refused=dict.fromkeys(REQUEST_REFUSALS, 1),
+    offenders={"learner:l1": 3},
 )
 
 
@@ -42,9 +47,11 @@ def test_a_status_comes_back_as_it_was() -> None:
 
 def test_a_status_is_small_whoever_is_connected() -> None:
     many = {f"learner:{number:063}": 8 for number in range(60_000)}
-    packed = pack_status(replace(STATUS, connections=many, full_reason="\u0000" * 100_000))
+    told = {"full_reason": "\u0000" * 100_000, "connections": many, "offenders": many}
+    packed = pack_status(replace(STATUS, **told))  # type: ignore[arg-type]
     assert len(packed) <= STATUS_BYTES_MAX
     assert len(parse_status(packed).connections) == PRINCIPALS_TOLD_MAX
+    assert len(parse_status(packed).offenders) == OFFENDERS_MAX
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,7 @@ def test_a_status_is_small_whoever_is_connected() -> None:
         ({"head": -1}, "'-1' for head"),
         ({"head": True}, "'True' for head"),
         ({"head": "7"}, "'7' for head"),
+        ({"insecure": 1}, "'1' for insecure"),
         ({"full_reason": 7}, "'7' for full_reason"),
         ({"connections": []}, "'[]' for connections"),
         ({"events_refused": {"poison": "many"}}, "for events_refused"),

@@ -19,13 +19,23 @@ from metisfl.broker.window import (
 )
 from metisfl.proto.errors import PeerError, UserError
 from metisfl.proto.events_pb2 import Welcome
-from metisfl.proto.frames import FENCED, POISON, REFUSED, Ack, Busy, Nack, Reject, SayHello
+from metisfl.proto.frames import (
+    FENCED,
+    POISON,
+    PROTOCOL,
+    REFUSED,
+    Ack,
+    Busy,
+    Nack,
+    Reject,
+    SayHello,
+)
 
 NOW = 1000.0
 
 
 def welcome(stored: int, **fields: object) -> Welcome:
-    good: dict[str, object] = {"protocol": 1, "principal": "learner:l1"}
+    good: dict[str, object] = {"protocol": PROTOCOL, "principal": "learner:l1"}
     return Welcome(publisher_sequence=stored, **{**good, **fields})  # type: ignore[arg-type]
 
 
@@ -113,7 +123,7 @@ def test_a_rejected_event_is_told_and_the_rest_goes_on() -> None:
         (welcome(4), HistoryLost, "ends at 3: its database was restored"),
         (welcome(0), HistoryLost, "acknowledged all up to 2 before: its log was lost"),
         (Nack(1, 1), HistoryLost, "expects event 1 of learner:l1"),
-        (welcome(2, protocol=2), PeerError, "speaks protocol 2, this client 1"),
+        (welcome(2, protocol=99), PeerError, "speaks protocol 99, this client"),
         (welcome(2, principal="learner:l2"), UserError, "knows this key as 'learner:l2'"),
     ],
 )

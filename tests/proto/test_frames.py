@@ -33,6 +33,7 @@ from metisfl.proto.frames import (
     Header,
     Nack,
     RawRecord,
+    Receipt,
     Reject,
     SayHello,
     StatusAnswer,
@@ -46,7 +47,8 @@ texts = st.text(max_size=40)
 
 requests = st.one_of(
     st.builds(Hello, protocol=small, software=texts, epoch=integers),
-    st.builds(Fetch, small, integers, st.integers(1, frames.FETCH_EVENTS_MAX), lanes),
+    st.builds(Fetch, small, integers, st.integers(1, frames.FETCH_EVENTS_MAX), lanes, integers),
+    st.builds(Receipt, integers),
     st.builds(CursorReport, integers, lanes),
     st.builds(StatusRequest),
     st.builds(Beat, st.just("f/beat/l1/"), st.sampled_from(["Progress", "Heartbeat"]), st.binary()),
@@ -69,6 +71,8 @@ def packed(request: frames.Request) -> list[bytes]:
         return frames.pack_fetch(request)
     if isinstance(request, CursorReport):
         return frames.pack_cursor(request)
+    if isinstance(request, Receipt):
+        return frames.pack_receipt(request)
     if isinstance(request, StatusRequest):
         return [frames.STATUS]
     return frames.pack_beat(request)
@@ -93,14 +97,16 @@ def test_a_reply_comes_back_as_it_was(reply: frames.Reply) -> None:
     assert frames.parse_reply(frames.pack_reply(reply)) == reply
 
 
-@given(st.lists(st.binary(max_size=50), max_size=5), small, integers, integers, integers)
+@given(st.lists(st.binary(max_size=50), max_size=5), small, integers, integers, integers, integers)
 def test_a_batch_comes_back_as_it_was(
-    envelopes: list[bytes], request: int, head: int, through: int, floor: int
+    envelopes: list[bytes], request: int, head: int, through: int, floor: int, receipt: int
 ) -> None:
     records = tuple(record(envelope, at + 1) for at, envelope in enumerate(envelopes))
     flat_records = [part for record in records for part in flat(record)]
-    parts = frames.pack_batch(request, head, through, floor, flat_records)
-    assert frames.parse_reply(parts) == FetchedBatch(request, head, through, floor, records)
+    parts = frames.pack_batch(request, head, through, floor, receipt, flat_records)
+    assert frames.parse_reply(parts) == FetchedBatch(
+        request, head, through, floor, records, receipt
+    )
 
 
 def test_live_messages_come_back_as_they_were() -> None:
@@ -121,7 +127,7 @@ def test_the_record_header_has_the_layout_of_the_contract() -> None:
 
 parts = st.lists(
     st.one_of(
-        st.sampled_from([b"H", b"P", b"F", b"C", b"B", b"W", b"A", b"N", b"R", b"Y", b"E", b"S"]),
+        st.sampled_from([b"H", b"P", b"F", b"C", b"B", b"W", b"A", b"N", b"R", b"Y", b"E", b"S", b"K"]),
         st.sampled_from([b"", b"hb/", b"f/", b"f/done/l1/"]),
         st.binary(max_size=60),
     ),
@@ -154,7 +160,7 @@ FETCH = frames.pack_fetch(Fetch(1, 2, 3, "f/"))
         ([b"H", b"\xff\xff"], "not protobuf"),
         ([b"H", Hello(epoch=2**63).SerializeToString()], f"{2**63}; at most {INTEGER_MAX}"),
         ([*FETCH, b""], "4 parts; it has exactly 3"),
-        ([b"F", FETCH[1][:-1], b"f/"], "15 bytes; it has exactly 16"),
+        ([b"F", FETCH[1][:-1], b"f/"], "23 bytes; it has exactly 24"),
         ([b"F", frames.pack_fetch(Fetch(1, 2**63, 3, "f/"))[1], b"f/"], f"at most {INTEGER_MAX}"),
         ([b"F", frames.pack_fetch(Fetch(1, 2, 257, "f/"))[1], b"f/"], "257 events; allowed are 1"),
         ([b"F", FETCH[1], b"f"], "not a lane"),
@@ -163,6 +169,9 @@ FETCH = frames.pack_fetch(Fetch(1, 2, 3, "f/"))
         ([b"B", b"f/beat/l1/", b"Progress", bytes(65_537)], "65537 bytes; at most 65536"),
         ([b"B", b"f/beat/l1/", b"no name", b""], "'no name' is not a message name"),
         ([b"C", bytes(7), b"f/"], "7 bytes; it has exactly 8"),
+        ([b"K", bytes(7)], "7 bytes; it has exactly 8"),
+        ([b"K", bytes(8), b""], "3 parts; it has exactly 2"),
+        ([b"F", frames.pack_fetch(Fetch(1, 2, 3, "f/", 2**63))[1], b"f/"], f"most {INTEGER_MAX}"),
         ([b"S", b""], "b'S' of 2 parts"),
     ],
 )
@@ -186,11 +195,11 @@ def test_a_bad_publish_is_refused_with_value_and_bound(parts: list[bytes], told:
 
 
 def test_a_batch_with_too_many_or_too_few_records_is_refused() -> None:
-    many = frames.pack_batch(1, 2, 2, 0, flat(record(b"x")) * 257)
+    many = frames.pack_batch(1, 2, 2, 0, 3, flat(record(b"x")) * 257)
     with pytest.raises(PeerError, match="257 records; at most 256"):
         frames.parse_reply(many)
     with pytest.raises(PeerError, match="exactly 5"):
-        frames.parse_reply(frames.pack_batch(1, 2, 2, 0, flat(record(b"x")))[:-1])
+        frames.parse_reply(frames.pack_batch(1, 2, 2, 0, 3, flat(record(b"x")))[:-1])
 
 
 def test_a_damaged_record_is_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from metisfl.broker.access import Subscriptions
@@ -128,6 +128,7 @@ class BrokerNode(Node):
         self._failed_generation = -1
         self._head_due = False
         self._told_head: Head | None = None
+        self._receipts = 0
 
     # ---- In ---------------------------------------------------------------------------
 
@@ -159,7 +160,9 @@ class BrokerNode(Node):
         while self._waiting and not sequencer.full:
             connection, parts = self._waiting.popleft()
             if not dispatch.knows(connection.route):
-                dispatch.connect(connection.route, connection.principal, self.now)
+                route, who = connection.route, connection.principal
+                if not dispatch.connect(route, who, self.now, self._is_there):
+                    continue
             self._perform(dispatch.handle(connection.route, parts, self.now))
         self._seal()
         while self._reads:
@@ -227,10 +230,21 @@ class BrokerNode(Node):
             elif not isinstance(effect, Reply):
                 self._broadcast(effect.beat.topic.encode(), effect.beat)
 
-    def _send(self, peer: bytes, message: Any) -> None:
+    def _is_there(self, peer: bytes) -> bool:
         connection = self._routes.get(peer)
-        if connection is not None:
-            connection.to_client(message, in_order=type(message).__name__ in IN_ORDER)
+        return connection is not None and not connection.cut
+
+    def _send(self, peer: bytes, message: Any) -> None:
+        if isinstance(message, FetchedBatch):
+            self._receipts += 1
+            message = replace(message, receipt=self._receipts)
+        if there := self._is_there(peer):
+            self._routes[peer].to_client(message, in_order=type(message).__name__ in IN_ORDER)
+        else:
+            self._dispatch.gone(peer)
+        if isinstance(message, FetchedBatch):
+            size = 100 + sum(100 + len(record.envelope) for record in message.records)
+            self._dispatch.answered(peer, message.receipt, size if there else 0)
 
     def _publish(self, batch: Batch) -> None:
         for place in batch.appends:
@@ -261,7 +275,6 @@ class BrokerNode(Node):
         )
         records = tuple(self._record(*self.log.records[number - 1]) for number in found)
         self._send(read.peer, FetchedBatch(fetch.request, read.head, through, floor, records))
-        self._dispatch.answered(read.peer)
 
     def _send_head(self) -> None:
         self._head_due = False

@@ -7,6 +7,7 @@ Law: it sends and acknowledges what the cores say, and decides nothing itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -16,7 +17,7 @@ from metisfl.broker.window import EventRejected, HelloWanted, Patience, Window
 from metisfl.proto import frames
 from metisfl.proto.events import encode
 from metisfl.proto.events_pb2 import Envelope, Hello, Welcome
-from metisfl.proto.frames import Beat, Busy, Fetch, FetchedBatch, Head, RawRecord
+from metisfl.proto.frames import Beat, Busy, Fetch, FetchedBatch, Head, RawRecord, Receipt
 from metisfl.proto.topics import HEADS
 from simulated.disk import Outbox
 from simulated.invariants import Invariants
@@ -57,7 +58,7 @@ class Client:
         self._beats: dict[str, Callable[[Beat], None]] = {}
         self._prefixes = [HEADS]
         self._reported: dict[str, int] = {}
-        self._request = 0
+        self._request = self._receipt = self._shown = 0
         self._ticks = 0
         self._reading = False
         self.tidy_sync = True  # how the owner's last transaction was synced
@@ -147,6 +148,7 @@ class Client:
     def _on_reply(self, reply: Any) -> None:
         now, window = self._node.now, self.window
         if isinstance(reply, FetchedBatch):
+            self._receipt = reply.receipt
             for lane, _ in self.lanes.values():
                 lane.batch(reply)
             return
@@ -162,6 +164,7 @@ class Client:
             raise Broken("I1", f"the broker refuses an event of {self.principal}: {effect.reason}")
         elif isinstance(reply, Welcome):
             self._reported.clear()
+            self._receipt = self._shown = 0
             for lane, _ in self.lanes.values():
                 lane.welcomed()
         self._invariants.acknowledged(self.principal, window.acked)
@@ -213,6 +216,9 @@ class Client:
             self.window.reopened(now)
             self._live_patience.heard(now)
         self._ticks += 1
+        if self.window.welcomed and self._receipt != self._shown:
+            self._shown = self._receipt
+            self._send(frames.pack_receipt(Receipt(self._receipt)))
         if self._ticks % TIDY_TICKS == 0:
             self._outbox.tidy(sync=self.tidy_sync)
             self._report_cursors()
@@ -237,7 +243,8 @@ class Client:
             fetch: Fetch | None = lane.wanted(self._node.now, self._request + 1)
             if fetch is not None:
                 self._request += 1
-                self._send(frames.pack_fetch(fetch))
+                self._shown = self._receipt
+                self._send(frames.pack_fetch(replace(fetch, receipt=self._receipt)))
 
     def _report_cursors(self) -> None:
         for name in self.lanes:
