@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EXAMPLE = ROOT / "deploy" / "examples" / "penguins"
 DAEMON = re.compile(r"metisfl-(broker|controller|learner) ")
+SETTINGS = re.compile(r"set -a; \. (\S+); set \+a")
+FINGERPRINT = re.compile(r"(?:[A-Z2-7]{4}-){4}[A-Z2-7]{4}")
 DEADLINE_S = 90.0
+SITES = ("biscoe", "dream", "torgersen")
 SCORED = r"8 rounds in .* test accuracy (0\.9|1\.0)"
 
 
@@ -98,10 +103,15 @@ class Shell:
             text = text.replace(port, free)
         return text
 
-    def run(self, command: str) -> str:
+    def run(self, command: str, *, typed: str = "") -> str:
         command = self.here(command)
         if command.startswith("export "):
             self._environment.update(part.split("=", 1) for part in command.split()[1:])
+            return ""
+        if settings := SETTINGS.fullmatch(command):
+            lines = (self._folder / settings[1]).read_text().splitlines()
+            said = [line.split("=", 1) for line in lines if not line.startswith("#")]
+            self._environment.update((name, value) for name, value in said)
             return ""
         if DAEMON.match(command):
             self._daemons.append(
@@ -114,25 +124,56 @@ class Shell:
             env=self._environment,
             capture_output=True,
             text=True,
+            input=typed,
             timeout=DEADLINE_S,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
+    def enrol(self, invite: str, join: str, admit: str) -> Iterator[None]:
+        """Let a site in; it waits, and so do we, until the operator has compared and admitted."""
+        (code,) = re.findall(r"metisfl\d_\w+", self.run(invite))
+        with subprocess.Popen(
+            ["bash", "-c", f"exec {join.replace('CODE', code)}"],
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as joining:
+            yield
+            assert joining.stdout is not None
+            read_out = next(filter(None, map(FINGERPRINT.search, joining.stdout)))
+            assert read_out[0] in self.run(admit, typed="y\n")
+            yield
+            assert "is admitted" in joining.stdout.read()
+        assert joining.returncode == 0
+
     def codes(self) -> list[int | None]:
         return [daemon.poll() for daemon in self._daemons]
 
 
-def daemons_and_driver(shell: Shell) -> tuple[list[str], list[str]]:
-    """The section's commands before the first daemon, and from there on, for all three sites."""
-    before: list[str] = []
-    after: list[str] = []
-    for command in commands("On different machines"):
-        (after if after or DAEMON.match(command) else before).append(command)
-        if command.startswith("metisfl-learner"):
-            for site in ("dream", "torgersen"):
-                after.append(command.replace("biscoe", site).replace("Biscoe", site.capitalize()))
-    return before, after
+def begin(shell: Shell) -> list[str]:
+    """Run the section's commands until all are admitted; return the others, for all three sites."""
+    todo = commands("On different machines")
+    first = next(n for n, command in enumerate(todo) if command.startswith("metisfl invite"))
+    for command in todo[:first]:
+        shell.run(command)
+    enrolments = []
+    for home, principal in (*((site, site) for site in SITES), ("ops", "driver:ops")):
+        invite, join, admit = (
+            re.sub("(invite|admit) biscoe", rf"\1 {principal}", command).replace("biscoe", home)
+            for command in todo[first : first + 3]
+        )
+        enrolments.append(shell.enrol(invite, join, admit))
+    for _ in zip_longest(*enrolments):
+        pass  # all are invited, then all are admitted
+    rest = todo[first + 3 :]
+    sites = [command for command in rest if "biscoe" in command]
+    at = rest.index(sites[0])
+    for site in reversed(SITES[1:]):
+        others = (command.replace("biscoe", site) for command in sites)
+        rest[at:at] = [command.replace("Biscoe", site.capitalize()) for command in others]
+    return rest
 
 
 def write_federation(shell: Shell, folder: Path, privacy: str) -> None:
@@ -148,12 +189,11 @@ def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
     shell: Shell, tmp_path: Path
 ) -> None:
     write_federation(shell, tmp_path, "plain")
-    before, after = daemons_and_driver(shell)
     output = ""
-    for command in before + after:
+    for command in begin(shell):
         output = shell.run(command)
     assert re.search(SCORED, output)
-    for site in ("biscoe", "dream", "torgersen"):
+    for site in SITES:
         assert list((tmp_path / site / "final").rglob("model.keras")), f"{site} has no model"
     assert shell.codes() == [None] * 5, "daemons outlive a run"
     again = shell.run(commands("On different machines")[-1])
@@ -162,14 +202,14 @@ def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
         len(list((tmp_path / site / "final").iterdir())) == 2 for site in ("dream", "biscoe")
     )
     assert "secret" not in "".join(commands("On different machines"))
+    audited, expelled = (shell.run(command) for command in commands("Security"))
+    assert re.search("admitted .*learner:torgersen", audited)
+    assert expelled.count("learner:torgersen is expelled") == 2
 
 
 def test_the_same_federation_is_encrypted_as_the_readme_says(shell: Shell, tmp_path: Path) -> None:
     write_federation(shell, tmp_path, "ckks")
-    before, after = daemons_and_driver(shell)
-    for command in before:
-        shell.run(command)
-    shown = ""
+    after, shown = begin(shell), ""
     for command in commands("Encryption across machines"):
         shown = shell.run(command)
     fingerprint = re.search(r"fingerprint +(\w+)", shown)
@@ -183,5 +223,5 @@ def test_the_same_federation_is_encrypted_as_the_readme_says(shell: Shell, tmp_p
     for model in (tmp_path / "controller" / "models").glob("*.model"):
         with open_model(model) as opened:
             assert is_encrypted(opened.manifest)
-    for site in ("biscoe", "dream", "torgersen"):
+    for site in SITES:
         assert list((tmp_path / site / "final").rglob("model.keras")), f"{site} has no model"
