@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
@@ -19,10 +18,12 @@ import structlog
 from google.protobuf.message import Message
 
 from metisfl.broker.access import may_ask_status
+from metisfl.broker.credentials import Claim, ClientKeys, Credentials, Handshakes
 from metisfl.broker.feed import Batch, Feed, Readers, Record
-from metisfl.broker.link import ClientKeys, Guard, Link
+from metisfl.broker.link import Guard, Link
 from metisfl.broker.outbox import Outbox
 from metisfl.broker.status import BrokerStatus, parse_status
+from metisfl.broker.trouble import Rejected, Trouble
 from metisfl.broker.waiters import Waiters
 from metisfl.broker.window import WINDOW_EVENTS, EventRejected, HelloWanted, Patience, Window
 from metisfl.proto import frames
@@ -38,8 +39,11 @@ __all__ = [
     "Beat",
     "BrokerClient",
     "BrokerStatus",
+    "Claim",
     "ClientKeys",
+    "Credentials",
     "Feed",
+    "Handshakes",
     "Outbox",
     "Record",
     "Rejected",
@@ -50,21 +54,6 @@ log = structlog.get_logger()
 TICK_S: Final = 0.1
 TIDY_TICKS: Final = 10
 LIVE_SILENCE_S: Final = 5.0  # the broker sends a head every second
-UNANSWERED_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """An event of ours that the broker will never take; those behind it go on."""
-
-    sequence: int
-    topic: str
-    type: str
-    correlation_id: str
-    reason: str
-
-
-_TOLD: Final = ("sequence", "topic", "type", "correlation_id", "reason")
 
 
 class BrokerClient:
@@ -78,7 +67,7 @@ class BrokerClient:
         *,
         ingress: str,
         live: str,
-        keys: ClientKeys,
+        keys: Credentials,
         principal: str,
         outbox: Outbox,
         software: str,
@@ -109,9 +98,7 @@ class BrokerClient:
             now=now,
         )
         self._live_patience = Patience(LIVE_SILENCE_S, LIVE_SILENCE_S, now)
-        self._unanswered_since: float | None = now
-        self._told = False
-        self._busy_reason = ""
+        self._trouble = Trouble(ingress, principal, now)
         self._link = Link(
             ingress=ingress,
             live=live,
@@ -228,9 +215,9 @@ class BrokerClient:
         try:
             return await asyncio.wait_for(waiter, timeout_s)
         except asyncio.TimeoutError:
+            why = self._trouble.refusal or "is it running and reachable?"
             raise MachineError(
-                f"the broker at {self._ingress} did not tell its status within {timeout_s} s: is "
-                "it running and reachable?"
+                f"the broker at {self._ingress} did not tell its status within {timeout_s} s: {why}"
             ) from None
 
     # ---- What arrives ------------------------------------------------------------------
@@ -249,7 +236,7 @@ class BrokerClient:
             self._tell_status(reply)
             return
         if isinstance(reply, frames.Busy):
-            self._tell_busy(reply)
+            self._trouble.busy(reply.reason)
             if reply.request:
                 self._readers.fetched(reply, now)
                 return
@@ -262,7 +249,7 @@ class BrokerClient:
             self._welcomed(reply)
         self._outbox.acknowledge(self._window.acked)
         if self._window.acked == self._window.last:
-            self._busy_reason = ""
+            self._trouble.not_busy()
 
     def _on_live(self, parts: list[bytes]) -> None:
         now = time.monotonic()
@@ -285,12 +272,15 @@ class BrokerClient:
     def _tick(self) -> None:
         with self._guard:
             now = time.monotonic()
+            self._trouble.refused(self._link.why_refused())
             if self._window.must_reopen(now) or self._live_patience.ended(now):
                 self._link.reopen()
                 self._window.reopened(now)
                 self._live_patience.heard(now)
-            self._tell_silence(now)
+            if not self._window.welcomed:
+                self._trouble.silent(now)
             self._ticks += 1
+            self._acknowledge()
             if self._ticks % TIDY_TICKS == 0:
                 self._ask_status()
                 if not self._outbox.in_transaction:
@@ -317,6 +307,11 @@ class BrokerClient:
             for fetch in self._readers.wanted(time.monotonic()):
                 self._link.send(*frames.pack_fetch(fetch))
 
+    def _acknowledge(self) -> None:
+        """Let the broker forget the answers that came, when there is nothing more to fetch."""
+        if self._window.welcomed and (receipt := self._readers.receipt()):
+            self._link.send(*frames.pack_receipt(receipt))
+
     def _ask_status(self) -> None:
         if self._window.welcomed and self._waiters.want_status:
             self._link.send(frames.STATUS)
@@ -328,9 +323,7 @@ class BrokerClient:
         self._link.send(*frames.pack_hello(hello))
 
     def _welcomed(self, welcome: Welcome) -> None:
-        if self._told:
-            log.info("the broker answers", endpoint=self._ingress, software=welcome.software)
-        self._unanswered_since, self._told = None, False
+        self._trouble.welcomed(welcome.software)
         self._reported.clear()
         self._readers.welcomed()
         self._ask_status()
@@ -359,27 +352,9 @@ class BrokerClient:
             rejected = Rejected(
                 sequence, event.topic, event.type, event.correlation_id, effect.reason
             )
-            log.error("event refused for good", **{k: getattr(rejected, k) for k in _TOLD})
+            self._trouble.rejected(rejected)
             if self._on_reject is not None:
                 self._on_reject(rejected)
-
-    def _tell_busy(self, busy: frames.Busy) -> None:
-        if busy.reason != self._busy_reason:
-            self._busy_reason = busy.reason
-            log.warning("the broker is busy, trying again", reason=busy.reason)
-
-    def _tell_silence(self, now: float) -> None:
-        if self._window.welcomed:
-            return
-        if self._unanswered_since is None:
-            self._unanswered_since = now
-        elif not self._told and now - self._unanswered_since >= UNANSWERED_S:
-            self._told = True
-            log.warning(
-                "the broker does not answer; is it running, and does it know this key?",
-                endpoint=self._ingress,
-                principal=self._principal,
-            )
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:

@@ -10,30 +10,21 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
 import zmq
 
+from metisfl.broker.credentials import Credentials, Handshakes
 from metisfl.proto.frames import MESSAGE_BYTES_MAX
 
-__all__ = ["ClientKeys", "Guard", "Link"]
+__all__ = ["Guard", "Link"]
 
 DRAIN_MESSAGES: Final = 512
 RECEIVE_HWM: Final = 2000
 SEND_HWM: Final = 1000
 RECONNECT_MS: Final = (50, 150)  # at random, so that a federation does not come back in step
 RECONNECT_MS_MAX: Final = 300
-
-
-@dataclass(frozen=True, slots=True)
-class ClientKeys:
-    """CURVE keys in Z85, 40 bytes each: our own pair and the broker's public key."""
-
-    public: bytes
-    secret: bytes
-    server: bytes
 
 
 class Guard:
@@ -66,7 +57,7 @@ class Link:
         *,
         ingress: str,
         live: str,
-        keys: ClientKeys,
+        keys: Credentials,
         on_reply: Callable[[list[bytes]], None],
         on_live: Callable[[list[bytes]], None],
         on_settled: Callable[[], None],
@@ -80,6 +71,7 @@ class Link:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._dealer: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
+        self._handshakes: Handshakes | None = None  # of the dealer
         self._again: asyncio.Handle | None = None
 
     def open(self) -> None:
@@ -99,6 +91,10 @@ class Link:
             self._disconnect()
             self._context.term()
             self._context = None
+
+    def why_refused(self) -> str:
+        """Why the ingress refused us since this was asked last; "" if it did not."""
+        return self._handshakes.why_refused() if self._handshakes is not None else ""
 
     def subscribe(self, prefix: bytes) -> None:
         self._subscriptions.append(prefix)
@@ -155,6 +151,7 @@ class Link:
     def _connect(self) -> None:
         assert self._loop is not None, "used before open"
         self._dealer = self._secured(zmq.DEALER)
+        self._handshakes = Handshakes(self._dealer, self._keys)
         # Only to a broker that is there: what waits in a socket is lost with its connection.
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)
         # An empty message on each new connection, which the broker answers with "say hello".
@@ -172,9 +169,7 @@ class Link:
     def _secured(self, kind: int) -> zmq.Socket[bytes]:
         assert self._context is not None, "used before open"
         socket = self._context.socket(kind)
-        socket.curve_publickey = self._keys.public
-        socket.curve_secretkey = self._keys.secret
-        socket.curve_serverkey = self._keys.server
+        self._keys.put_on(socket)
         socket.linger = 0
         socket.rcvhwm = RECEIVE_HWM
         for option, value in (
@@ -195,6 +190,9 @@ class Link:
         if self._again is not None:
             self._again.cancel()
             self._again = None
+        if self._handshakes is not None:
+            self._handshakes.close()
+            self._handshakes = None
         for socket in (self._dealer, self._sub):
             if socket is not None:
                 self._loop.remove_reader(socket.FD)

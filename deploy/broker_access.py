@@ -1,49 +1,63 @@
 """How a driver's command reaches the broker of a federation: where it is, and by which keys.
 
-Rule: a file that leaves the broker's port open says where to bind, not where to connect, and is
+Rule 1: a file that leaves the broker's port open says where to bind, not where to connect, and is
 refused with the remedy.
+Rule 2: keys are done without only where --insecure says so, whatever the home holds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from metisfl import __version__
-from metisfl.broker.client import BrokerClient, ClientKeys, Outbox
-from metisfl.deploy.keys import Identity, load_identity, load_servers
+from metisfl.broker.client import BrokerClient, Claim, ClientKeys, Credentials, Outbox
+from metisfl.deploy.key_lists import load_servers
+from metisfl.deploy.keys import load_identity
 from metisfl.deploy.settings import Federation
 from metisfl.proto.errors import UserError
 
 __all__ = ["Access", "load_access"]
 
+INSECURE_DRIVER: Final = "driver:insecure"
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The broker's endpoints and public key, and who we are there."""
+    """The broker's endpoints, and who we are there, by which keys."""
 
     ingress: str
     live: str
-    identity: Identity
-    broker_public: bytes
+    principal: str
+    keys: Credentials
 
     def client(self, outbox: Outbox) -> BrokerClient:
         """A client that publishes from `outbox`, not yet open."""
         return BrokerClient(
             ingress=self.ingress,
             live=self.live,
-            keys=ClientKeys(self.identity.public, self.identity.secret, self.broker_public),
-            principal=self.identity.principal,
+            keys=self.keys,
+            principal=self.principal,
             outbox=outbox,
             software=f"metisfl {__version__}",
         )
 
 
-def load_access(federation: Federation, home: Path) -> Access:
-    """Take the endpoints from the federation and the keys from `home`/keys. Raises UserError."""
+def load_access(federation: Federation, home: Path | None, *, insecure: bool) -> Access:
+    """Take the endpoints from the federation and the keys from `home`/keys. Raises UserError.
+
+    `insecure` needs no home: there are no keys, and nobody checks the name.
+    """
     for key, endpoint in (("ingress", federation.ingress), ("live", federation.live)):
         if endpoint.endswith(":0"):
             raise UserError(f"broker.{key}: say where the broker is, such as tcp://host:5570")
+    if insecure:
+        claim = Claim(INSECURE_DRIVER)
+        return Access(federation.ingress, federation.live, claim.principal, claim)
+    if home is None:
+        raise UserError("--home DIR is missing: the driver's folder, whose keys/ says who asks")
     identity = load_identity(home / "keys")
-    servers = load_servers(home / "keys", "broker")
-    return Access(federation.ingress, federation.live, identity, servers["broker"])
+    broker = load_servers(home / "keys", "broker")["broker"]
+    keys = ClientKeys(identity.public, identity.secret, broker)
+    return Access(federation.ingress, federation.live, identity.principal, keys)

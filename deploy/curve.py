@@ -4,8 +4,11 @@ Rule: closed when in doubt. libzmq lets everybody in when a CURVE socket finds n
 each server socket gets ZMQ_ZAP_ENFORCE_DOMAIN before it is bound, the authenticator runs before
 any bind, and a daemon shows with `self_test` that a random key is refused before it says READY.
 
-The authenticator answers ZAP (RFC 27) from a frozen dict: nothing of ours or of the user's runs in
-its thread, so nothing can raise there and leave the federation without a doorkeeper.
+The authenticator answers ZAP (RFC 27) from a frozen dict: nothing of the user's runs in its thread,
+so nothing can raise there and leave the federation without a doorkeeper.
+
+Only where `--insecure` was asked for the sockets are PLAIN ones, without keys, whose clients name
+their principal and are believed. No process, and no context, has both kinds.
 """
 
 from __future__ import annotations
@@ -16,22 +19,35 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock, Thread
+from types import MappingProxyType
 from typing import Any
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from metisfl.deploy.keys import Identity
-from metisfl.proto.errors import MachineError
+from metisfl.deploy.keys import Identity, check_principal
+from metisfl.proto.errors import MachineError, UserError
 
-__all__ = ["Authenticator", "Refusal", "secure_client", "secure_server", "self_test"]
+__all__ = [
+    "Authenticator",
+    "Insecure",
+    "Refusal",
+    "guard_server",
+    "let_invited_in",
+    "secure_client",
+    "secure_server",
+    "self_test",
+    "set_hygiene",
+]
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_VERSION = b"1.0"
 ZAP_DOMAIN = b"metisfl"  # compared literally, on both sides: there is no wildcard
+ZAP_DOMAIN_INVITED = b"metisfl-invited"  # of the one socket that has an answer for an invitation
 REFUSALS_KEPT = 64
 HANDSHAKE_MS = 5000
+_NOBODY: Mapping[bytes, str] = MappingProxyType({})
 SELF_TEST_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -50,6 +66,11 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Insecure:
+    """What a server has in place of an Identity, and only if it was started with --insecure."""
+
+
 class Authenticator:
     """The ZAP handler of one context, in a thread of its own.
 
@@ -57,8 +78,14 @@ class Authenticator:
     connection: `frame.get("User-Id")`.
     """
 
-    def __init__(self, context: zmq.Context[Any], peers: Mapping[bytes, str]) -> None:
-        """`peers`: public key in Z85 -> principal, as `keys.load_peers` returns it."""
+    def __init__(
+        self, context: zmq.Context[Any], peers: Mapping[bytes, str], *, insecure: bool = False
+    ) -> None:
+        """`peers`: public key in Z85 -> principal, as `Registry.keys` has it.
+
+        An `insecure` one knows no keys: it takes everybody for the principal that they claim to be.
+        """
+        self._judge = _claimed if insecure else self._known
         self._context = zmq.Context(context)  # a shadow: plain sockets even from an asyncio context
         self._lock = Lock()
         self._refused_total = 0
@@ -79,9 +106,13 @@ class Authenticator:
             self._refusals.clear()
         return taken
 
-    def replace(self, peers: Mapping[bytes, str]) -> None:
-        """Know exactly `peers` from the next handshake on. Open connections are not cut."""
+    def replace(self, peers: Mapping[bytes, str], invited: Mapping[bytes, str] = _NOBODY) -> None:
+        """Know exactly `peers` from the next handshake on. Open connections are not cut.
+
+        The keys in `invited` open only a socket that `let_invited_in` was called for.
+        """
         self._peers = {z85.decode(key): principal.encode() for key, principal in peers.items()}
+        self._invited = {z85.decode(key): user.encode() for key, user in invited.items()}
 
     def start(self) -> None:
         """Start to answer. Raises MachineError if the context has an authenticator already."""
@@ -134,16 +165,19 @@ class Authenticator:
             stopped.close()
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
-        """Answer [routing id, "", version, request id, domain, address, identity, mechanism, key].
+        """Answer [routing id, "", version, request id, domain, address, identity, mechanism, ...].
 
         libzmq is the only one who asks, so a request of another form is refused like a wrong key.
         """
-        principal, reason, key = b"", "not a CURVE request of this domain", b""
+        principal, reason, key = b"", "not a request of this version and domain", b""
         match request:
-            case [_, b"", version, _, domain, _, _, b"CURVE", key] if (
-                version == ZAP_VERSION and domain == ZAP_DOMAIN
+            case [_, b"", version, _, domain, _, _, mechanism, *credentials] if (
+                version == ZAP_VERSION and domain in (ZAP_DOMAIN, ZAP_DOMAIN_INVITED)
             ):
-                principal, reason = self._peers.get(key, b""), "unknown key"
+                principal, reason = self._judge(mechanism, credentials)
+                key = credentials[0] if mechanism == b"CURVE" and credentials else b""
+                if domain == ZAP_DOMAIN_INVITED:
+                    principal = principal or self._invited.get(key, b"")
         request_id = request[3] if len(request) > 3 else b""
         head = [*request[:1], b"", ZAP_VERSION, request_id]
         if principal:
@@ -155,6 +189,22 @@ class Authenticator:
             self._refusals.append(Refusal(public, address, reason))
         return [*head, b"400", reason.encode(), b"", b""]
 
+    def _known(self, mechanism: bytes, credentials: list[bytes]) -> tuple[bytes, str]:
+        """The principal of the key, or why it is refused."""
+        if mechanism != b"CURVE" or len(credentials) != 1:
+            return b"", "not a CURVE request"
+        return self._peers.get(credentials[0], b""), "unknown key"
+
+
+def _claimed(mechanism: bytes, credentials: list[bytes]) -> tuple[bytes, str]:
+    """The principal that a PLAIN client says it is, or why that is none."""
+    if mechanism != b"PLAIN" or len(credentials) != 2 or credentials[1]:
+        return b"", "not a PLAIN request with an empty password"
+    try:
+        return check_principal(credentials[0].decode()).encode(), ""
+    except (UnicodeDecodeError, UserError):
+        return b"", f"{credentials[0][:80]!r} is no principal"
+
 
 def secure_server(socket: zmq.Socket[Any], identity: Identity) -> None:
     """Let only authenticated peers connect to `socket`, which must not be bound yet.
@@ -165,6 +215,34 @@ def secure_server(socket: zmq.Socket[Any], identity: Identity) -> None:
     socket.curve_server = True
     socket.curve_publickey = identity.public
     socket.curve_secretkey = identity.secret
+    _ask_authenticator(socket)
+    set_hygiene(socket)
+
+
+def guard_server(socket: zmq.Socket[Any], identity: Identity | Insecure) -> None:
+    """`secure_server`; or, without keys, let everybody connect who names a principal.
+
+    Raises MachineError.
+    """
+    if isinstance(identity, Identity):
+        secure_server(socket, identity)
+        return
+    assert not socket.get(zmq.LAST_ENDPOINT), "security set after bind has no effect"
+    socket.plain_server = True
+    _ask_authenticator(socket)
+    set_hygiene(socket)
+
+
+def let_invited_in(socket: zmq.Socket[Any]) -> None:
+    """Open `socket`, guarded and not bound yet, to invitations' keys as well.
+
+    Whoever reads it has to tell them from peers by their User-Id.
+    """
+    assert not socket.get(zmq.LAST_ENDPOINT), "security set after bind has no effect"
+    socket.zap_domain = ZAP_DOMAIN_INVITED
+
+
+def _ask_authenticator(socket: zmq.Socket[Any]) -> None:
     socket.zap_domain = ZAP_DOMAIN
     try:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
@@ -173,7 +251,6 @@ def secure_server(socket: zmq.Socket[Any], identity: Identity) -> None:
             f"libzmq {zmq.zmq_version()} was built without ZMQ_ZAP_ENFORCE_DOMAIN and would let "
             "unknown keys in; install the pyzmq wheel from PyPI, which brings its own libzmq"
         ) from None
-    _set_hygiene(socket)
 
 
 def secure_client(
@@ -184,7 +261,7 @@ def secure_client(
     socket.curve_publickey = public
     socket.curve_secretkey = secret
     socket.curve_serverkey = server_public
-    _set_hygiene(socket)
+    set_hygiene(socket)
 
 
 def self_test(
@@ -240,7 +317,8 @@ def _inproc(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
     return socket
 
 
-def _set_hygiene(socket: zmq.Socket[Any]) -> None:
+def set_hygiene(socket: zmq.Socket[Any]) -> None:
+    """What every socket has, whatever its security: dead links are found, nothing lingers."""
     # No ZMTP heartbeats: with a full receive queue they abort the process. TCP finds dead links.
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)

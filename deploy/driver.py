@@ -23,8 +23,9 @@ from metisfl.deploy import logs, processes
 from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.encryption import give_key
+from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.run import Interrupted, StopSignal, run
-from metisfl.deploy.run_folder import RunFolder, create_run_folder
+from metisfl.deploy.run_folder import DRIVER, RunFolder, create_run_folder
 from metisfl.deploy.screen import Screen, screen_for
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.deploy.supervisor import Supervisor
@@ -65,6 +66,8 @@ async def drive(
     folder: Path,
     screen: Screen | None = None,
     on_started: Callable[[Mapping[str, int]], None] | None = None,
+    *,
+    insecure: bool = False,
 ) -> Outcome:
     """Run `federation` once in `folder`, start to end. Raises MetisError if it does not complete.
 
@@ -74,16 +77,18 @@ async def drive(
     """
     started = time.monotonic()
     view = new_view(federation)
-    run_folder = create_run_folder(folder, list(view.learners))
+    run_folder = create_run_folder(folder, list(view.learners), insecure=insecure)
     with screen or screen_for(view) as shown:
         supervisor = Supervisor(shown.say, spare=len(federation.learners) - federation.quorum)
         try:
+            if insecure:
+                shown.say(INSECURE)
             if federation.privacy == "ckks":
                 shown.say(await give_key(federation, run_folder))
             endpoints = processes.free_endpoints(
                 [federation.ingress, federation.live, federation.bulk]
             )
-            await _start_daemons(federation, run_folder, endpoints, supervisor)
+            await _start_daemons(federation, run_folder, endpoints, supervisor, insecure)
             if on_started is not None:
                 on_started(supervisor.pids)
             shown.say(
@@ -93,12 +98,7 @@ async def drive(
             with closing(open_database(run_folder.driver / "driver.db")) as connection:
                 view = await watch(
                     federation,
-                    access=Access(
-                        endpoints[0],
-                        endpoints[1],
-                        run_folder.driver_identity,
-                        run_folder.broker_public,
-                    ),
+                    access=Access(endpoints[0], endpoints[1], DRIVER, run_folder.driver_keys),
                     connection=connection,
                     view=view,
                     screen=shown,
@@ -124,11 +124,17 @@ async def drive(
 
 
 async def _start_daemons(
-    federation: Federation, run_folder: RunFolder, endpoints: list[str], supervisor: Supervisor
+    federation: Federation,
+    run_folder: RunFolder,
+    endpoints: list[str],
+    supervisor: Supervisor,
+    insecure: bool,
 ) -> None:
+    flags: dict[str, None] = {"insecure": None} if insecure else {}
+
     async def start(name: str, service: str, home: Path, options: Mapping[str, str]) -> None:
         module, log = f"metisfl.{service}.service", run_folder.logs / f"{name}.log"
-        await supervisor.start(name, module, {"home": str(home), **options}, log)
+        await supervisor.start(name, module, {"home": str(home), **options, **flags}, log)
 
     ingress, live, bulk = endpoints
     wires = {"ingress": ingress, "live": live}
@@ -180,13 +186,17 @@ def up(
     folder: Path,
     screen: Screen | None = None,
     on_started: Callable[[Mapping[str, int]], None] | None = None,
+    *,
+    insecure: bool = False,
 ) -> Outcome:
     """`drive` for a command: ends cleanly on Ctrl-C. Raises MetisError."""
     outcomes: list[Outcome] = []
 
     async def until_stopped(stop: StopSignal) -> None:
         logs.configure("metisfl", level="warning")
-        driving = asyncio.ensure_future(drive(federation, folder, screen, on_started))
+        driving = asyncio.ensure_future(
+            drive(federation, folder, screen, on_started, insecure=insecure)
+        )
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait({driving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not driving.done():
@@ -218,9 +228,11 @@ def command(argv: list[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout at the end"
     )
+    add_insecure(parser)
     options = parser.parse_args(argv)
     federation = load_federation(options.file)
-    outcome = up(federation, options.run_folder or new_run_folder(federation.name))
+    folder = options.run_folder or new_run_folder(federation.name)
+    outcome = up(federation, folder, insecure=options.insecure)
     if options.json:
         print(json.dumps(as_json(outcome)))
     else:

@@ -20,6 +20,7 @@ __all__ = [
     "BULK",
     "INGRESS",
     "LIVE",
+    "add_flag",
     "add_option",
     "daemon_parser",
     "name_of",
@@ -60,8 +61,7 @@ def add_option(
     type: Callable[[str], Any] = str,
 ) -> None:
     """Add --name. Without a default, the flag or its variable must be given."""
-    variable = f"METISFL_{name.upper().replace('-', '_')}"
-    value = os.environ.get(variable, default)
+    value = os.environ.get(_variable(name), default)
     shown = f" (default: {default})" if default else ""
     parser.add_argument(
         f"--{name}",
@@ -71,6 +71,19 @@ def add_option(
         metavar=name.upper().replace("-", "_"),
         help=f"{help}{shown}",
     )
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
+    """Add --name, which takes no value; its variable may be 1, 0 or empty."""
+    variable = _variable(name)
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        parser.error(f"{variable}={value[:40]!r} cannot be; allowed are 1, 0 and nothing")
+    parser.add_argument(f"--{name}", action="store_true", default=value == "1", help=help)
+
+
+def _variable(name: str) -> str:
+    return f"METISFL_{name.upper().replace('-', '_')}"
 
 
 def name_of(what: str) -> Callable[[str], str]:

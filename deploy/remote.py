@@ -16,12 +16,13 @@ from pathlib import Path
 from metisfl.deploy import logs
 from metisfl.deploy.broker_access import load_access
 from metisfl.deploy.database import open_database
+from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.run import Interrupted, StopSignal, first_end, run
 from metisfl.deploy.screen import screen_for
 from metisfl.deploy.settings import Federation, load_federation
 from metisfl.deploy.view import View, shown_metric, shown_missing
 from metisfl.deploy.watch import new_view, watch
-from metisfl.proto.errors import UserError
+from metisfl.proto.errors import MachineError, UserError
 
 __all__ = ["command"]
 
@@ -41,6 +42,7 @@ def command(argv: list[str]) -> int:
         metavar="DIR",
         help="the driver's folder; keys/ holds its identity.key and servers",
     )
+    add_insecure(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout at the end"
     )
@@ -53,7 +55,7 @@ def command(argv: list[str]) -> int:
         logs.configure("metisfl", level="warning")
 
         async def follow() -> None:
-            views.append(await _follow(federation, options.home))
+            views.append(await _follow(federation, options.home, options.insecure))
 
         await first_end([asyncio.ensure_future(part) for part in (follow(), stop.wait())])
         if not views:
@@ -73,16 +75,21 @@ def command(argv: list[str]) -> int:
     return 0
 
 
-async def _follow(federation: Federation, home: Path) -> View:
-    access = load_access(federation, home)
-    principal = access.identity.principal
-    if not principal.startswith("driver:"):
-        raise UserError(f"{home}/keys holds the key of {principal}; only a driver asks")
+async def _follow(federation: Federation, home: Path, insecure: bool) -> View:
+    access = load_access(federation, home, insecure=insecure)
+    if not access.principal.startswith("driver:"):
+        raise UserError(f"{home}/keys holds the key of {access.principal}; only a driver asks")
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)  # without keys it may be new
+    except OSError as error:
+        raise MachineError(f"{home}: {error.strerror}") from None
     # What an earlier command asked for and the broker never got is not asked for any more.
     for left in home.glob("driver.db*"):
         left.unlink()
     view = new_view(federation)
     with screen_for(view) as screen, closing(open_database(home / "driver.db")) as connection:
+        if insecure:
+            screen.say(INSECURE)
         return await watch(
             federation,
             access=access,

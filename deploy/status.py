@@ -21,6 +21,7 @@ from google.protobuf.json_format import MessageToDict
 from metisfl.broker.client import BrokerClient, BrokerStatus, Outbox
 from metisfl.deploy import logs
 from metisfl.deploy.broker_access import load_access
+from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.run import StopSignal, first_end, run
 from metisfl.deploy.settings import load_federation
 from metisfl.deploy.view import readable_bytes
@@ -54,10 +55,10 @@ def command(argv: list[str]) -> int:
     parser.add_argument(
         "--home",
         type=Path,
-        required=True,
         metavar="DIR",
         help="a driver's folder; keys/ holds its identity.key and servers",
     )
+    add_insecure(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     found: list[Status] = []
@@ -66,7 +67,7 @@ def command(argv: list[str]) -> int:
         logs.configure("metisfl", level="error")
 
         async def ask() -> None:
-            found.append(await _ask(options.file, options.home))
+            found.append(await _ask(options.file, options.home, options.insecure))
 
         await first_end([asyncio.ensure_future(part) for part in (ask(), stop.wait())])
 
@@ -80,12 +81,12 @@ def command(argv: list[str]) -> int:
     return PeerError.exit_code if found[0].controller is None else 0
 
 
-async def _ask(file: Path, home: Path) -> Status:
+async def _ask(file: Path, home: Path | None, insecure: bool) -> Status:
     federation = load_federation(file)
-    access = load_access(federation, home)
+    access = load_access(federation, home, insecure=insecure)
     # It publishes nothing, so its outbox need not outlive it, and fences no other command.
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        outbox = Outbox(connection, access.identity.principal)
+        outbox = Outbox(connection, access.principal)
         async with access.client(outbox) as client:
             told = asyncio.ensure_future(_told(client, federation.name))
             try:
@@ -110,7 +111,8 @@ async def _told(client: BrokerClient, federation: str) -> pb.ControllerStatus:
 
 def lines(status: Status, unix_s: float) -> list[str]:
     """The status for people, at the moment `unix_s`. Pure."""
-    return [*_controller_lines(status, unix_s), *_broker_lines(status.broker, unix_s)]
+    shout = [INSECURE.upper()] if status.broker.insecure else []
+    return [*shout, *_controller_lines(status, unix_s), *_broker_lines(status.broker, unix_s)]
 
 
 def _controller_lines(status: Status, unix_s: float) -> list[str]:

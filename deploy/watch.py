@@ -57,7 +57,7 @@ async def watch(
 
     `connection` is the driver's own database.
     """
-    outbox = Outbox(connection, access.identity.principal)
+    outbox = Outbox(connection, access.principal)
     async with access.client(outbox) as client:
         with transaction(connection):
             outbox.append(

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import structlog
 import zmq
 
-from metisfl.broker.client import ClientKeys
-from metisfl.deploy.curve import secure_client
+from metisfl.broker.client import Credentials, Handshakes
+from metisfl.deploy.curve import set_hygiene
 from metisfl.learner.conversation import Download, DownloadRefused, Upload, UploadRefused
 from metisfl.learner.part import PartFile
 from metisfl.native_c import crc32c
@@ -41,6 +42,8 @@ HWM: Final = 2 * WINDOW_CHUNKS + 8
 DEAD_LINK_MS: Final = 30_000
 RECONNECT_MS_MAX: Final = 300  # one refused connection: cheap, and who is back is found soon
 
+log = structlog.get_logger()
+
 OnProgress = Callable[[float], None]
 """Takes the fraction that has arrived; called at most twice a second, when a word has come."""
 
@@ -53,15 +56,16 @@ class BulkClient:
     """Transfers between this learner and one controller. Use it as an async context manager."""
 
     def __init__(
-        self, endpoint: str, keys: ClientKeys, *, federation: str, encrypted_only: bool = False
+        self, endpoint: str, keys: Credentials, *, federation: str, encrypted_only: bool = False
     ) -> None:
-        """`keys.server` is the controller's public key."""
+        """`keys` are ours towards the controller."""
         self._endpoint = endpoint
         self._keys = keys
         self._federation = federation
         self._encrypted_only = encrypted_only
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: list[_Link] = []
+        self._refusal = ""
 
     async def __aenter__(self) -> BulkClient:
         return self
@@ -135,24 +139,30 @@ class BulkClient:
         link = self._links.pop() if self._links else self._connect()
         try:
             while not await _talk(link, transfer, patience, on_progress):
+                self._tell(link.why_refused())
                 link.close()
                 link = self._connect()
         except BaseException:
             link.close()
             raise
+        self._refusal = ""
         if len(self._links) < LINKS_KEPT:
             self._links.append(link)
         else:
             link.close()
 
+    def _tell(self, refusal: str) -> None:
+        """Say once why the controller does not let us in, until a transfer has got through."""
+        if refusal and refusal != self._refusal:
+            self._refusal = refusal
+            log.error(
+                "the controller refuses the connection", reason=refusal, endpoint=self._endpoint
+            )
+
     def _connect(self) -> _Link:
         socket = self._context.socket(zmq.DEALER)
-        secure_client(
-            socket,
-            public=self._keys.public,
-            secret=self._keys.secret,
-            server_public=self._keys.server,
-        )
+        self._keys.put_on(socket)
+        set_hygiene(socket)
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
         socket.setsockopt(zmq.SNDHWM, HWM)
@@ -161,19 +171,24 @@ class BulkClient:
         # libzmq doubles the wait without jitter, so the jitter is in the first one.
         socket.setsockopt(zmq.RECONNECT_IVL, random.randrange(80, 160))
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+        handshakes = Handshakes(socket, self._keys)
         socket.connect(self._endpoint)
-        return _Link(socket)
+        return _Link(socket, handshakes)
 
 
 class _Link:
     """One connection. Plain calls on the socket, and one wait on its file descriptor."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket = socket
+    def __init__(self, socket: zmq.Socket[bytes], handshakes: Handshakes) -> None:
+        self._socket, self._handshakes = socket, handshakes
         self._descriptor = int(socket.getsockopt(zmq.FD))
 
     def close(self) -> None:
+        self._handshakes.close()
         self._socket.close(linger=0)
+
+    def why_refused(self) -> str:
+        return self._handshakes.why_refused()
 
     def send(self, frame: Frame) -> bool:
         """Send a frame; False if it has to wait until the link is writable."""

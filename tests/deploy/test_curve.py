@@ -99,6 +99,30 @@ def test_a_known_key_gets_in(server: zmq.Socket[bytes]) -> None:
     assert knock(server, KNOWN) == SUCCEEDED
 
 
+def test_an_invitations_key_opens_only_the_socket_that_lets_the_invited_in(
+    context: zmq.Context[zmq.Socket[bytes]],
+    server: zmq.Socket[bytes],
+    authenticator: curve.Authenticator,
+) -> None:
+    authenticator.replace(PEERS, {UNKNOWN.public: "invited:learner:b"})
+    desk = context.socket(zmq.ROUTER)
+    curve.secure_server(desk, SERVER)
+    curve.let_invited_in(desk)
+    desk.rcvtimeo = PATIENCE_MS
+    desk.bind("tcp://127.0.0.1:0")
+    assert knock(server, UNKNOWN) == REFUSED
+    for who, user in ((UNKNOWN, "invited:learner:b"), (KNOWN, KNOWN.principal)):
+        socket = client(desk, who)
+        socket.connect(endpoint_of(desk))
+        socket.send(b"J")
+        desk.recv()
+        assert desk.recv(copy=False).get("User-Id") == user
+        socket.close()
+    authenticator.replace(PEERS)
+    assert knock(desk, UNKNOWN) == REFUSED, "an invitation ends"
+    desk.close()
+
+
 def test_an_unknown_key_is_refused_and_told_to_the_operator(
     server: zmq.Socket[bytes], authenticator: curve.Authenticator
 ) -> None:

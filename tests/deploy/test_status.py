@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from metisfl.broker.client import BrokerStatus
+from metisfl.deploy.insecure import INSECURE
 from metisfl.deploy.status import Status, lines
 from metisfl.proto import events_pb2 as pb
 
@@ -22,6 +23,9 @@ BROKER = BrokerStatus(
     full_reason="",
     connections={},
     messages_dropped=0,
+    insecure=False,
+    requests_refused={},
+    offenders={},
 )
 TRAINING = pb.ControllerStatus(
     run_id="r1",
@@ -54,6 +58,13 @@ def test_every_wait_says_who_since_when_and_until_when() -> None:
         "  and 3 more, whose leases end later",
         "broker: 1234 events, 2.0 MB of 4.0 GB, 9.0 GB free on its disk",
     ]
+
+
+def test_an_insecure_federation_says_so_before_all_else() -> None:
+    usual = lines(Status("hearts", BROKER, TRAINING), NOON_S)
+    insecure = lines(Status("hearts", replace(BROKER, insecure=True), TRAINING), NOON_S)
+    assert insecure == [INSECURE.upper(), *usual]
+    assert insecure[0].startswith("INSECURE: NOTHING IS ENCRYPTED AND NOBODY IS AUTHENTICATED")
 
 
 def test_a_silent_controller_and_one_without_a_run_are_told_apart() -> None:

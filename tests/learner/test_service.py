@@ -10,7 +10,8 @@ import pytest
 import zmq
 
 from metisfl.deploy.ckks_keys import PUBLIC_FILE, SECRET_FILE, write_new_key, write_secret
-from metisfl.deploy.keys import add_server, create_identity
+from metisfl.deploy.key_lists import add_server
+from metisfl.deploy.keys import create_identity
 from metisfl.deploy.run import StopSignal
 from metisfl.learner.crypto import generate
 from metisfl.learner.service import serve
@@ -29,7 +30,7 @@ def home(tmp_path: Path) -> Path:
 
 def refusal(home: Path) -> str:
     with pytest.raises(UserError) as refused:
-        asyncio.run(serve(Namespace(home=home, name="ada"), StopSignal()))
+        asyncio.run(serve(Namespace(home=home, name="ada", insecure=False), StopSignal()))
     assert [path.name for path in home.iterdir()] == ["keys"], "nothing was begun"
     return str(refused.value)
 

@@ -19,7 +19,7 @@ from metisfl.deploy import processes
 from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.memory import PeakMemory
-from metisfl.deploy.run_folder import create_run_folder
+from metisfl.deploy.run_folder import DRIVER, create_run_folder
 from metisfl.deploy.screen import LineScreen
 from metisfl.deploy.settings import load_federation
 from metisfl.deploy.view import View
@@ -106,7 +106,7 @@ def test_memory_is_bounded_and_every_update_arrives_when_all_upload_at_once(
                 connection = stack.enter_context(closing(open_database(homes.driver / "driver.db")))
                 view = await watch(
                     federation,
-                    access=Access(ingress, live, homes.driver_identity, homes.broker_public),
+                    access=Access(ingress, live, DRIVER, homes.driver_keys),
                     connection=connection,
                     view=new_view(federation),
                     screen=LineScreen(),

@@ -91,7 +91,8 @@ class Daemons:
         for home in self.homes.learners.values():
             shutil.copy(made / "secret.ckks", home / "keys")
 
-    def start(self, name: str) -> None:
+    def module_and_options(self, name: str) -> tuple[str, dict[str, str]]:
+        """How a daemon is started: `python -m MODULE --option value ...`."""
         options = {"ingress": self.ingress, "live": self.live}
         home = self.homes.learners.get(name, self.homes.folder / name)
         if name != "broker":
@@ -101,7 +102,11 @@ class Daemons:
             options |= {"name": name, "app": self.app, "data": self.sites[name]}
             options |= {"path": str(self.folder), "bulk": self.near["bulk"]}
         service = "learner" if name in self.sites else name
-        command = [sys.executable, "-m", f"metisfl.{service}.service", "--home", str(home)]
+        return f"metisfl.{service}.service", {"home": str(home), **options}
+
+    def start(self, name: str) -> None:
+        module, options = self.module_and_options(name)
+        command = [sys.executable, "-m", module]
         command += [part for key, value in options.items() for part in (f"--{key}", value)]
         with (self.homes.logs / f"{name}.log").open("a") as log:
             environment = {**os.environ, **self.environments.get(name, {})}

@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 
 from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
+from metisfl.deploy.run_folder import DRIVER
 from metisfl.deploy.screen import LineScreen
 from metisfl.deploy.settings import load_federation
 from metisfl.deploy.view import View
@@ -81,8 +82,8 @@ async def watched(
             access=Access(
                 daemons.near["ingress"],
                 daemons.near["live"],
-                daemons.homes.driver_identity,
-                daemons.homes.broker_public,
+                DRIVER,
+                daemons.homes.driver_keys,
             ),
             connection=connection,
             view=new_view(federation),
