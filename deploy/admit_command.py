@@ -1,7 +1,7 @@
-"""Admit a principal to a federation's servers, or expel one, at once and without a restart.
+"""Admit a principal to a federation's servers, at once and without a restart.
 
 Rule: it edits the servers' lists of peers and nothing else; a running server follows within a
-second, cuts the connections of who was expelled, and records both in its audit log and as events.
+second, and records it in its audit log and as events.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from metisfl.deploy.admit_asked import admit_asked, list_invited
 from metisfl.deploy.keys import PRINCIPALS_ALLOWED, check_principal, is_public_key
-from metisfl.deploy.registry import Peer, admit, expel
+from metisfl.deploy.registry import Peer, admit
 from metisfl.proto.errors import UserError
 from metisfl.proto.topics import check_name
 
-__all__ = ["command", "expel_command"]
+__all__ = ["command", "principal_named", "servers_parser"]
 
 
 def command(argv: list[str]) -> int:
     """`metisfl admit`: let a public key in."""
-    parser = _parser(
+    parser = servers_parser(
         "metisfl admit",
         "Let a principal connect. Do it for the broker's home and for the controller's: on one "
         "machine with one command, else with the same command on each. Without KEY, who has asked "
@@ -50,7 +50,7 @@ def command(argv: list[str]) -> int:
     options = parser.parse_intermixed_args([word for word in argv if word not in keys])
     if options.name is None:
         return list_invited(options.home)
-    principal = _principal(options.name)
+    principal = principal_named(options.name)
     federations = frozenset(check_name(name, "federation") for name in options.federation)
     if options.key is not None or len(keys) > 1:
         raise UserError(
@@ -66,22 +66,10 @@ def command(argv: list[str]) -> int:
     return 0
 
 
-def expel_command(argv: list[str]) -> int:
-    """`metisfl expel`: let a principal in no more."""
-    parser = _parser(
-        "metisfl expel",
-        "Let a principal in no more: its connections are cut within a second, and its key opens "
-        "nothing any more. Do it for the broker's home and for the controller's.",
-    )
-    options = parser.parse_args(argv)
-    principal = _principal(options.name)
-    for home in options.home:
-        gone = expel(home / "keys", principal)
-        print(f"{home}: {principal} is expelled; it had the key {gone.public.decode()}")
-    return 0
-
-
-def _parser(program: str, description: str, *, name_needed: bool = True) -> argparse.ArgumentParser:
+def servers_parser(
+    program: str, description: str, *, name_needed: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with NAME and --home, once or more."""
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument(
         "name",
@@ -100,7 +88,7 @@ def _parser(program: str, description: str, *, name_needed: bool = True) -> argp
     return parser
 
 
-def _principal(name: str) -> str:
+def principal_named(name: str) -> str:
     """The principal that is meant by `name`, which may be a learner's bare name."""
     servers = ("broker", "controller")
     return check_principal(name if ":" in name or name in servers else f"learner:{name}")

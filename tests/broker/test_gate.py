@@ -15,7 +15,7 @@ from raw_ingress import answer, envelope, publish, still_serves
 from zmq.utils.monitor import parse_monitor_message
 
 from metisfl.deploy.admit_command import command as admit_command
-from metisfl.deploy.admit_command import expel_command
+from metisfl.deploy.expel_command import command as expel_command
 from metisfl.proto import frames
 from metisfl.proto.events_pb2 import PeerExpelled
 from metisfl.proto.frames import Ack, Head

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from metisfl.deploy.admit_command import command, expel_command
+from metisfl.deploy.admit_command import command
+from metisfl.deploy.expel_command import command as expel_command
 from metisfl.deploy.registry import load_registry
 from metisfl.proto.errors import UserError
 

@@ -14,8 +14,8 @@ import zmq
 
 from metisfl.deploy import joining
 from metisfl.deploy.admit_command import command as admit
-from metisfl.deploy.admit_command import expel_command as expel
 from metisfl.deploy.curve import Authenticator, secure_server
+from metisfl.deploy.expel_command import command as expel
 from metisfl.deploy.invitation_code import Code, parse_code
 from metisfl.deploy.invitations import change, load
 from metisfl.deploy.invite_command import command as invite

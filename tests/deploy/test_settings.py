@@ -338,6 +338,9 @@ def test_any_document(folder: Path, document: dict[str, object]) -> None:
 
 @given(st.binary(max_size=200))
 @example(b"x = " + b"[" * 100_000)
+@example(b"x = " + b"{x=" * 100_000)
+@example(b"x" + b".x" * 100_000 + b" = 1")
+@example(b"x = 0x" + b"f" * 100_000)
 @example(b"x = " + b"9" * 5000)
 @example(b"x = " + b"{a=" * 500 + b"1" + b"}" * 500)
 @example(b"a." * 5000 + b"b = 1")

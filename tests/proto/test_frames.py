@@ -127,7 +127,7 @@ def test_the_record_header_has_the_layout_of_the_contract() -> None:
 
 parts = st.lists(
     st.one_of(
-        st.sampled_from([b"H", b"P", b"F", b"C", b"B", b"W", b"A", b"N", b"R", b"Y", b"E", b"S", b"K"]),
+        st.sampled_from([bytes([kind]) for kind in b"HPFCBWANRYESK"]),
         st.sampled_from([b"", b"hb/", b"f/", b"f/done/l1/"]),
         st.binary(max_size=60),
     ),
