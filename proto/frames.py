@@ -52,6 +52,7 @@ FETCHES_MAX: Final = 4
 HELLO_BYTES_MAX: Final = 1024
 STATUS_BYTES_MAX: Final = 128 * 1024
 REASON_BYTES_MAX: Final = 2048
+WELCOME_BYTES_MAX: Final = 1024
 
 HELLO: Final = b"H"  # from a client: Hello; from the broker, alone: say hello (again)
 PUBLISH: Final = b"P"
@@ -263,7 +264,8 @@ def pack_reply(reply: Reply) -> list[bytes]:
         reason = reply.reason.encode()[:REASON_BYTES_MAX]
         return [REJECT, _REJECT.pack(reply.code, reply.sequence), reason]
     if isinstance(reply, Busy):
-        return [BUSY, _BUSY.pack(reply.retry_ms, reply.request), reply.reason.encode()]
+        reason = reply.reason.encode()[:REASON_BYTES_MAX]
+        return [BUSY, _BUSY.pack(reply.retry_ms, reply.request), reason]
     if isinstance(reply, Welcome):
         return [WELCOME, reply.SerializeToString()]
     if isinstance(reply, StatusAnswer):
@@ -312,11 +314,21 @@ def parse_reply(parts: Sequence[bytes]) -> Reply:
         return Busy(retry_ms, request, parts[2][:REASON_BYTES_MAX].decode(errors="replace"))
     if kind == WELCOME:
         exact(parts, 2, "welcome")
-        try:
-            return Welcome.FromString(parts[1])
-        except DecodeError as error:
-            raise PeerError(f"welcome is not protobuf: {error}") from error
+        return _parse_welcome(parts[1])
     raise PeerError(f"unknown message kind {kind[:8]!r} from the broker")
+
+
+def _parse_welcome(data: bytes) -> Welcome:
+    if len(data) > WELCOME_BYTES_MAX:
+        raise PeerError(f"welcome has {len(data)} bytes; at most {WELCOME_BYTES_MAX}")
+    try:
+        welcome = Welcome.FromString(data)
+    except DecodeError as error:
+        raise PeerError(f"welcome is not protobuf: {error}") from error
+    most = max(welcome.incarnation, welcome.head, welcome.publisher_sequence)
+    if most > INTEGER_MAX:
+        raise PeerError(f"welcome has the number {most}; at most {INTEGER_MAX}")
+    return welcome
 
 
 def _parse_batch(parts: Sequence[bytes]) -> FetchedBatch:

@@ -125,6 +125,24 @@ def test_the_record_header_has_the_layout_of_the_contract() -> None:
     assert header[8:] == b"".join(value.to_bytes(8, "little") for value in (2, 3, 4, 5, 6))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        Welcome(software="x" * 2000).SerializeToString(),
+        Welcome(head=2**63).SerializeToString(),
+        b"\xff",
+    ],
+)
+def test_a_welcome_beyond_its_limits_is_refused(data: bytes) -> None:
+    with pytest.raises(PeerError, match="welcome"):
+        frames.parse_reply([frames.WELCOME, data])
+
+
+def test_a_reason_is_cut_whoever_gives_it() -> None:
+    for reply in (Busy(1, 2, "x" * 5000), Reject(1, 2, "x" * 5000)):
+        assert sum(map(len, frames.pack_reply(reply))) < 2100
+
+
 parts = st.lists(
     st.one_of(
         st.sampled_from([bytes([kind]) for kind in b"HPFCBWANRYESK"]),
