@@ -26,9 +26,10 @@ from metisfl.proto.tensors import (
     serialise_manifest,
 )
 
-__all__ = ["Admission", "Expected", "Refusal"]
+__all__ = ["REJECTED_MAX", "Admission", "Expected", "Refusal"]
 
 SHARE_BYTES: Final = 128  # a name of 63, a weight, a digest of 32, and their frames
+REJECTED_MAX: Final = 8  # updates of a task: each costs a look at up to 252 KiB of manifest
 _parsed = lru_cache(maxsize=8)(parse_manifest)  # one model, many learners
 
 
@@ -61,7 +62,7 @@ class Admission:
 
     def __init__(self, store: ModelStore) -> None:
         self._store = store
-        self._rejected: dict[str, tuple[bytes, Refusal]] = {}
+        self._rejected: dict[str, dict[bytes, Refusal]] = {}
         self._manifests: dict[bytes, bytes] = {}
         self.expected: Mapping[str, Expected] = MappingProxyType({})
 
@@ -84,12 +85,19 @@ class Admission:
                 Code.OTHER_FEDERATION,
                 f"task {frame.task_id} belongs to another federation or run than the update",
             )
-        digest, refusal = self._rejected.get(frame.task_id, (b"", None))
-        return refusal if digest == frame.digest else None
+        known = self._rejected.get(frame.task_id, {})
+        if frame.digest in known or len(known) < REJECTED_MAX:
+            return known.get(frame.digest)
+        last = [*known.values()][-1]
+        why = f"{len(known)} updates for task {frame.task_id} were refused; it gets no more chances"
+        return Refusal(last.code, f"{why}. The last: {last.reason}")
 
     def remember(self, task_id: str, digest: bytes, refusal: Refusal) -> None:
-        """This update was refused for what it is: it will be refused again at once."""
-        self._rejected[task_id] = (digest, refusal)
+        """This update was refused for what it is: it will be refused again at once, unread.
+
+        So is every other one for this task after REJECTED_MAX different ones.
+        """
+        self._rejected.setdefault(task_id, {})[digest] = refusal
 
     def manifest(self, frame: Open) -> Manifest:
         """The checked manifest of an update that may be uploaded.

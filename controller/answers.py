@@ -6,6 +6,7 @@ dropped; an answer that cannot be right fails its learner and nobody else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -15,6 +16,8 @@ from metisfl.proto.ckks import weights_fit
 from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = [
+    "examples_max",
+    "failed",
     "lease_ended",
     "put",
     "scale_exceeded",
@@ -50,9 +53,17 @@ def task_completed(run: Run, event: Logged) -> tuple[Run, str]:
     if isinstance(task, str):
         return run, task
     if task.kind == pb.TRAIN and not done.examples:
-        return put(run, _failed(task, "trained on no examples", event)), ""
+        return put(run, failed(task, "trained on no examples", event)), ""
+    if why := _beyond_bound(run, task, done):
+        return put(run, failed(task, why, event)), ""
+    if task.kind == pb.TRAIN and done.examples > (most := examples_max(run, task.learner)):
+        why = (
+            f"reports {done.examples} examples, more than the {most:.0f} that it may weigh: a "
+            "learner declares what it trains on when it joins"
+        )
+        return put(run, failed(task, why, event)), ""
     if run.terms and task.kind != pb.EVALUATE and (why := _misfit(run, task, done)):
-        return put(run, _failed(task, why, event)), ""
+        return put(run, failed(task, why, event)), ""
     completed = replace(
         task,
         status=Status.COMPLETED,
@@ -61,6 +72,32 @@ def task_completed(run: Run, event: Logged) -> tuple[Run, str]:
         settled_ns=event.at_ns,
     )
     return put(run, _check_digest(completed)), ""
+
+
+def _beyond_bound(run: Run, task: Task, done: pb.TaskCompleted) -> str:
+    """Why this answer counts for more examples than the run allows; "" if it does not."""
+    assert run.plan is not None
+    most = run.plan.max_examples
+    weights = (value for name, value in done.metrics.items() if name.endswith(".examples"))
+    reported = max(done.examples, run.declared_by(task.learner), *weights)
+    if not most or reported <= most or task.kind == pb.INITIALISE:
+        return ""
+    return (
+        f"reports or declares {reported:.0f} examples; this run counts nobody with more than "
+        f"max_examples, {most}"
+    )
+
+
+def examples_max(run: Run, learner: str) -> float:
+    """The most examples that a learner may report.
+
+    Those that it has declared. In an encrypted round who has not, while others have, counts for no
+    more than their mean: the sum of all weights is bounded, and nobody takes others' room in it.
+    """
+    if declared := run.declared_by(learner):
+        return declared
+    others = run.terms and any(run.declared_by(task.learner) for task in run.tasks.values())
+    return run.reference_weight if others else math.inf
 
 
 def _misfit(run: Run, task: Task, done: pb.TaskCompleted) -> str:
@@ -105,7 +142,7 @@ def scale_exceeded(run: Run, event: Logged) -> tuple[Run, str]:
     elif len(needed) != len(known) or all(n <= k for n, k in zip(needed, known, strict=True)):
         why = "reports that its update does not fit, and exponents in which it does"
     if why:
-        return put(run, _failed(task, why, event)), ""
+        return put(run, failed(task, why, event)), ""
     return put(run, replace(
         task,
         status=Status.EXCEEDED,
@@ -116,12 +153,12 @@ def scale_exceeded(run: Run, event: Logged) -> tuple[Run, str]:
 
 
 def task_failed(run: Run, event: Logged) -> tuple[Run, str]:
-    failed = event.message
-    assert isinstance(failed, pb.TaskFailed)
-    task = _awaited(run, failed.task_id, failed.learner)
+    told = event.message
+    assert isinstance(told, pb.TaskFailed)
+    task = _awaited(run, told.task_id, told.learner)
     if isinstance(task, str):
         return run, task
-    return put(run, _failed(task, failed.reason or "no reason given", event)), ""
+    return put(run, failed(task, told.reason or "no reason given", event)), ""
 
 
 def update_stored(run: Run, event: Logged) -> tuple[Run, str]:
@@ -143,7 +180,7 @@ def update_unusable(run: Run, event: Logged) -> tuple[Run, str]:
     task = run.tasks.get(unusable.task_id)
     if task is None or not task.counts:
         return run, "unusable after its round, or told before"
-    return put(run, _failed(task, unusable.reason, event)), ""
+    return put(run, failed(task, unusable.reason, event)), ""
 
 
 def lease_ended(run: Run, event: Logged) -> tuple[Run, str]:
@@ -168,7 +205,8 @@ def put(run: Run, task: Task) -> Run:
     return replace(run, tasks=MappingProxyType({**run.tasks, task.task_id: task}))
 
 
-def _failed(task: Task, reason: str, event: Logged) -> Task:
+def failed(task: Task, reason: str, event: Logged) -> Task:
+    """The task without an answer that counts, for this reason."""
     cut = reason[:REASON_CHARACTERS_MAX]
     return replace(task, status=Status.FAILED, reason=cut, settled_ns=event.at_ns)
 

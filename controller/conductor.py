@@ -14,13 +14,12 @@ from collections.abc import Iterable
 
 from metisfl.controller.effects import Effect, Fold, Publish, key_of, publish
 from metisfl.controller.lease import Ended
-from metisfl.controller.messages import round_closed
+from metisfl.controller.messages import round_closed, unusable
 from metisfl.controller.round import apply
 from metisfl.controller.scheduling import decide
 from metisfl.controller.state import Logged, Run
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
-from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = ["Conductor"]
 
@@ -58,10 +57,7 @@ class Conductor:
     def unusable(self, fold: Fold, position: int, reason: str) -> Publish:
         """An update cannot be folded: the log is told, and then the others are folded."""
         one = fold.contributions[position]
-        unusable = pb.UpdateUnusable(
-            task_id=one.task_id, learner=one.learner, reason=reason[:REASON_CHARACTERS_MAX]
-        )
-        return self._ledger(one.learner, unusable, one.task_id)
+        return unusable(self.run, one.learner, one.task_id, reason)
 
     def stored(self, task_id: str, digest: bytes, update_bytes: int) -> tuple[Publish, ...]:
         """An update is checked and durable. Nothing if its round was closed in the meantime."""
@@ -88,7 +84,7 @@ class Conductor:
     def _ledger(
         self,
         learner: str,
-        message: pb.UpdateUnusable | pb.UpdateStored | pb.LeaseEnded,
+        message: pb.UpdateStored | pb.LeaseEnded,
         task_id: str,
     ) -> Publish:
         return publish(topics.ledger_topic(self.run.federation, learner), message, task_id)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from metisfl.controller.effects import Effect, Fold, Publish, publish
-from metisfl.controller.plan import reference_weight
+from metisfl.controller.plan import reference_weight, uncounted
 from metisfl.controller.state import Phase, Run, Status, missing
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
@@ -27,6 +27,7 @@ __all__ = [
     "round_closed",
     "round_opened",
     "seed_of",
+    "unusable",
 ]
 
 _ABSENCE_BYTES: Final = 26  # what an Absence takes beside its name and reason
@@ -66,10 +67,20 @@ def round_opened(
     *,
     attempt: int = 0,
     exponents: tuple[int, ...] | None = None,
+    reference: float | None = None,
     keeps_updates: bool = False,
 ) -> Publish:
-    """Open round `number`, or with `attempt` the open one again. Exponents: the run's if None."""
+    """Open round `number`, or with `attempt` the open one again.
+
+    Exponents: the run's if None. Reference weight, if None: that of the attempt before, or what
+    those declared who can count.
+    """
     names = list(invited)
+    if reference is None:
+        declared = {name: run.declared_by(name) for name in names}
+        out = uncounted(plan, run.terms, declared)
+        mean = reference_weight(examples for name, examples in declared.items() if name not in out)
+        reference = run.reference_weight if attempt else mean
     kind = "initialise" if number == 0 else "train"
     again = f"again{attempt}." if attempt else ""
     opened = pb.RoundOpened(
@@ -81,9 +92,7 @@ def round_opened(
             for name in names
         ],
         attempt=attempt,
-        reference_weight=(
-            run.reference_weight if attempt else reference_weight(map(run.declared_by, names))
-        ),
+        reference_weight=reference,
         exponents=run.exponents if exponents is None else exponents,
         keeps_updates=keeps_updates,
     )
@@ -147,6 +156,14 @@ def assignments(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
         for task in run.tasks.values()
         if task.status is Status.INVITED
     )
+
+
+def unusable(run: Run, learner: str, task_id: str, reason: str) -> Publish:
+    """An update that is in cannot be part of the sum: the others are summed without it."""
+    told = pb.UpdateUnusable(
+        task_id=task_id, learner=learner, reason=reason[:REASON_CHARACTERS_MAX]
+    )
+    return publish(topics.ledger_topic(run.federation, learner), told, task_id)
 
 
 def cancellations(run: Run) -> tuple[Effect, ...]:

@@ -6,14 +6,15 @@ Rule: what cannot end well is refused before anyone trains, with the value and t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from metisfl.controller.state import Terms
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.ckks import check_shares
 from metisfl.proto.events import PAYLOAD_BYTES_MAX
 from metisfl.proto.limits import TENSORS_MAX
 
-__all__ = ["largest", "reference_weight", "refusal"]
+__all__ = ["largest", "reference_weight", "refusal", "uncounted"]
 
 
 def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
@@ -50,10 +51,37 @@ def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
     return ""
 
 
+def uncounted(
+    plan: pb.RunStarted, terms: Terms | None, declared: Mapping[str, int]
+) -> dict[str, str]:
+    """Who of a round cannot count, for the examples that it declared (0: it did not say), and why.
+
+    Who has more than the run allows; and in an encrypted run who would be a larger part of the sum
+    than its sites open, even if everyone else came. Where that leaves less than a quorum the rest
+    stay: who is awaited still may bring what makes the largest of them small enough.
+    """
+    most, rest, out = plan.max_examples, dict(declared), {}
+    for name, examples in declared.items() if most else ():
+        if examples > most:
+            out[name] = (
+                f"declares {examples} examples; this run counts nobody with more than "
+                f"max_examples, {most}"
+            )
+            del rest[name]
+    while terms and len(rest) >= max(2, plan.quorum):
+        silent = reference_weight(rest.values())  # who does not say counts for no more than that
+        shares = [(name, examples or silent) for name, examples in rest.items()]
+        if not (why := check_shares(shares, 1, terms.max_share)):
+            break
+        name = max(shares, key=lambda share: share[1])[0]
+        out[name] = f"declares {rest.pop(name)} examples: of what was declared, {why}"
+    return out
+
+
 def reference_weight(declared: Iterable[int]) -> float:
     """What weights are divided by, so that they sum to about the number of learners.
 
-    The mean of the examples that the invited learners declared; 1 if none did.
+    The mean of the examples that these learners declared; 1 if none did.
     """
     known = [examples for examples in declared if examples > 0]
     return math.fsum(known) / len(known) if known else 1.0

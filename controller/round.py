@@ -9,13 +9,13 @@ What an answer does to its task is in answers.py, what the state calls for next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
 from metisfl.controller import answers
-from metisfl.controller.plan import largest, refusal
+from metisfl.controller.plan import largest, refusal, uncounted
 from metisfl.controller.record import record_of
 from metisfl.controller.state import Logged, Phase, Run, Status, Task, missing, present
 from metisfl.proto import events_pb2 as pb
@@ -82,6 +82,14 @@ def _learner_joined(run: Run, event: Logged) -> tuple[Run, str]:
     joined = event.message
     assert isinstance(joined, pb.LearnerJoined)
     name = joined.learner
+    if run.terms and joined.examples > (most := answers.examples_max(run, name)):
+        run = _out_of_round(
+            run,
+            name,
+            f"declares {joined.examples} examples while a round is open "
+            f"in which it may weigh {most:.0f}",
+            event,
+        )
     run = replace(run, declared=MappingProxyType({**run.declared, name: joined.examples}))
     if name in run.members:
         return run, ""
@@ -91,6 +99,19 @@ def _learner_joined(run: Run, event: Logged) -> tuple[Run, str]:
         absent=_without(run.absent, name),
         gone=run.gone - {name},
     ), ""
+
+
+def _out_of_round(run: Run, name: str, reason: str, event: Logged) -> Run:
+    """Without what this learner might still answer in the open round.
+
+    The room for weights in an encrypted sum was dealt when the round was opened: who took more of
+    it now would take it from others. What is in already weighs what it weighs.
+    """
+    for task in run.tasks.values():
+        over = task.status in (Status.COMPLETED, Status.FAILED) or task.kind != pb.TRAIN
+        if task.learner == name and not over:
+            run = answers.put(run, answers.failed(task, reason, event))
+    return run
 
 
 def _learner_left(run: Run, event: Logged) -> tuple[Run, str]:
@@ -113,6 +134,15 @@ def _learner_left(run: Run, event: Logged) -> tuple[Run, str]:
         absent=_with(run.absent, name, reason),
         gone=run.gone | {name},
     ), ""
+
+
+def _peer_expelled(run: Run, event: Logged) -> tuple[Run, str]:
+    principal = event.message.principal  # type: ignore[attr-defined]
+    role, _, name = principal.partition(":")
+    if role != "learner" or name not in run.members | run.asking:
+        return run, ""
+    left = pb.LearnerLeft(learner=name, reason="expelled by the operator of the broker")
+    return _learner_left(run, Logged(left, event.publisher, event.at_ns))
 
 
 def _member_admitted(run: Run, event: Logged) -> tuple[Run, str]:
@@ -139,6 +169,7 @@ def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
     kind = pb.INITIALISE if opened.round == 0 else pb.TRAIN
     invited = {i.learner for i in opened.invited}
     kept = (t for t in run.tasks.values() if opened.keeps_updates and t.learner not in invited)
+    tasks = [*kept, *(Task(i.task_id, i.learner, kind) for i in opened.invited)]
     return replace(
         run,
         phase=Phase.TRAINING,
@@ -149,9 +180,21 @@ def _round_opened(run: Run, event: Logged) -> tuple[Run, str]:
         exponents=tuple(opened.exponents),
         left_out=_left_out(run, opened),
         opened_ns=run.opened_ns if opened.attempt else event.at_ns,
-        tasks=_by_id([*kept, *(Task(i.task_id, i.learner, kind) for i in opened.invited)]),
+        tasks=_by_id(tasks if kind == pb.INITIALISE else _without_uncounted(run, tasks, event)),
         tried=run.tried | invited if opened.round == 0 else run.tried,
     ), ""
+
+
+def _without_uncounted(run: Run, tasks: Sequence[Task], event: Logged) -> list[Task]:
+    """The tasks of a round; who cannot count for what it declared is not asked and is told why."""
+    assert run.plan is not None
+    out = uncounted(run.plan, run.terms, {t.learner: run.declared_by(t.learner) for t in tasks})
+    return [
+        answers.failed(task, out[task.learner], event)
+        if task.status is Status.INVITED and task.learner in out
+        else task
+        for task in tasks
+    ]
 
 
 def _stale(run: Run, run_id: str) -> str:
@@ -167,13 +210,16 @@ def _stale(run: Run, run_id: str) -> str:
 def _opens_again(run: Run, opened: pb.RoundOpened) -> bool:
     """Whether the open round may be opened anew.
 
-    For larger exponents, for want of a quorum, or for want of an initial model.
+    For larger exponents, for want of a quorum, for a smaller reference weight, or for want of an
+    initial model.
     """
     if opened.round != run.round or not run.settled:
         return False
     if opened.attempt:
         exceeded = any(task.status is Status.EXCEEDED for task in run.tasks.values())
-        return opened.attempt == run.attempt + 1 and (opened.keeps_updates or exceeded)
+        lighter = opened.reference_weight < run.reference_weight
+        due = opened.keeps_updates or exceeded or lighter
+        return opened.attempt == run.attempt + 1 and due
     return run.round == 0 and not any(task.counts for task in run.tasks.values())
 
 
@@ -246,6 +292,7 @@ _TRANSITIONS: Mapping[str, tuple[frozenset[Phase], Callable[[Run, Logged], tuple
             "LearnerJoined": (_ANY, _learner_joined),
             "LearnerLeft": (_ANY, _learner_left),
             "MemberAdmitted": (_ANY, _member_admitted),
+            "PeerExpelled": (_ANY, _peer_expelled),
             "RoundOpened": (_RUNNING, _round_opened),
             "TaskAssigned": (_WORKING, answers.task_assigned),
             "TaskCancelled": (_WORKING, answers.task_cancelled),

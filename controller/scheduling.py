@@ -7,24 +7,29 @@ key, and the conductor lets a key out once.
 A round closes when every invited learner has answered or gone silent for longer than its lease.
 It counts if at least `quorum` updates are in. Else the run fails and says who was missing; one that
 waits for its quorum asks the silent again. If an encrypted update did not fit the round's
-exponents, the round opens again with larger ones, for all who have an update.
+exponents, the round opens again with larger ones, for all who have an update. One that would be
+more of the sum than its sites open is left out, and the others weigh anew if it weighed them down.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Final
 
 from metisfl.controller import messages
 from metisfl.controller.effects import Contribution, Effect, Fold, Publish
 from metisfl.controller.lease import Wait
 from metisfl.controller.plan import largest
 from metisfl.controller.quorum import askable, reachable
-from metisfl.controller.state import Phase, Run, Status, Task, present
+from metisfl.controller.state import Phase, Run, Status, Task, Terms, present
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.ckks import check_shares
 
 __all__ = ["decide", "waits"]
+
+LIGHT: Final = 2.0  # a mean weight of half the promised one loses a bit; below, it is made good
 
 
 def decide(run: Run) -> tuple[Effect, ...]:
@@ -62,8 +67,8 @@ def _decide_training(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
         return (*pending, messages.failed(run, plan, why))
     if run.round > 0 and len(counted) < plan.quorum:
         return (*pending, *_short(run, plan, len(counted)))
-    if run.round > 0 and (why := _dominated(run, counted)):
-        return (*pending, messages.failed(run, plan, why))
+    if run.round > 0 and run.terms and (unequal := _unequal(run, plan, run.terms, counted)):
+        return (*pending, *unequal)
     fold = Fold(
         key=f"RoundClosed:{plan.run_id}:{run.round}",
         run_id=plan.run_id,
@@ -89,13 +94,47 @@ def _short(run: Run, plan: pb.RunStarted, counted: int) -> tuple[Effect, ...]:
     )
 
 
-def _dominated(run: Run, counted: tuple[Contribution, ...]) -> str:
-    """Why the sites would not open the sum: one of them is nearly all of it; "" if they will."""
-    if run.terms is None:
-        return ""
-    shares = [(one.learner, one.weight / run.reference_weight) for one in counted]
-    why = check_shares(shares, run.terms.min_contributors, run.terms.max_share)
-    return f"round {run.round}: {why}" if why else ""
+def _unequal(
+    run: Run, plan: pb.RunStarted, terms: Terms, counted: tuple[Contribution, ...]
+) -> tuple[Effect, ...]:
+    """What an encrypted sum asks for before its sites would open it; nothing if they will.
+
+    Who is too large a part of it is left out. If the reference weight was made of what that one
+    said, the weights of the others are so small that the grid of the sum would show: they seal
+    their updates again, for a reference of their own.
+    """
+    if len(counted) < terms.min_contributors:  # the quorum is made for another key
+        why = check_shares(_shares(counted), terms.min_contributors, 1.0)
+        return (messages.failed(run, plan, f"round {run.round}: {why}"),)
+    if why := check_shares(_shares(counted), 1, terms.max_share):
+        most = max(counted, key=lambda one: one.weight)
+        return (messages.unusable(run, most.learner, most.task_id, f"left out of the sum: {why}"),)
+    mean = math.fsum(one.weight for one in counted) / len(counted)
+    # Who has declared nothing may weigh no more than the reference.
+    reference = max([mean, *(c.weight for c in counted if not run.declared_by(c.learner))])
+    if not _weighed_down(run, terms, counted) or run.reference_weight <= LIGHT * reference:
+        return ()
+    here = set(present(run, plan))
+    again = [one.learner for one in counted if one.learner in here]
+    if len(again) < plan.quorum:
+        return _short(run, plan, len(again))
+    attempt = run.attempt + 1
+    return (
+        messages.round_opened(run, plan, run.round, again, attempt=attempt, reference=reference),
+    )
+
+
+def _weighed_down(run: Run, terms: Terms, counted: tuple[Contribution, ...]) -> bool:
+    """Whether an update that is in was left out for being too large a part of the sum."""
+    return any(
+        check_shares([*_shares(counted), ("", float(t.completion.examples))], 1, terms.max_share)
+        for t in run.tasks.values()
+        if t.status is Status.FAILED and t.completion is not None
+    )
+
+
+def _shares(counted: tuple[Contribution, ...]) -> list[tuple[str, float]]:
+    return [(one.learner, one.weight) for one in counted]
 
 
 def _rescaled(run: Run, plan: pb.RunStarted) -> Publish | None:

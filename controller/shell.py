@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
+from google.protobuf.message import Message
 
 from metisfl.broker.client import BrokerClient, Outbox, Record
 from metisfl.controller.bulk import BulkEndpoint, Expected
@@ -28,6 +29,7 @@ from metisfl.controller.encrypted_fold import UnusableUpdate, terms_of
 from metisfl.controller.folding import fold_round
 from metisfl.controller.lease import Leases
 from metisfl.controller.record import record_of
+from metisfl.controller.repeats import Repeats
 from metisfl.controller.room import NoRoom
 from metisfl.controller.round_files import write_record
 from metisfl.controller.scheduling import waits
@@ -36,6 +38,7 @@ from metisfl.controller.spool import Spool
 from metisfl.controller.state import Logged, Phase, Run, Status
 from metisfl.controller.status import status_of
 from metisfl.controller.store import ModelStore
+from metisfl.deploy.audit import Audit
 from metisfl.deploy.database import transaction
 from metisfl.deploy.run import StopSignal
 from metisfl.proto import events_pb2 as pb
@@ -72,6 +75,7 @@ class Controller:
         store: ModelStore,
         spool: Spool,
         public: PublicPart | None,
+        audit: Audit,
     ) -> None:
         """Take the last snapshot. Raises MachineError if it cannot be read."""
         self._federation = federation
@@ -84,11 +88,13 @@ class Controller:
         self._store = store
         self._spool = spool
         self._public = public
+        self._audit = audit
         self._snapshots = SnapshotTable(connection)
         run = self._snapshots.load(self._lane, terms_of(public))
         self._conductor = Conductor(run or Run(federation, terms_of(public)))
         self._through = outbox.cursor(self._lane)
         self._since_snapshot, self._snapshot_at = 0, time.monotonic()
+        self._repeats = Repeats()
         self._leases = Leases()
         self._lease_timer: asyncio.TimerHandle | None = None
         self._live = False
@@ -128,7 +134,8 @@ class Controller:
             try:
                 message = decode(beat.type, beat.payload)
             except PeerError as error:
-                _log.warning("beat refused", topic=beat.topic, why=str(error))
+                if count := self._repeats.line(beat.topic, "beat refused"):
+                    _log.warning("beat refused", topic=beat.topic, count=count, why=str(error))
                 continue
             if not isinstance(message, pb.Progress):
                 continue
@@ -186,13 +193,17 @@ class Controller:
         try:
             message = decode(record.type, record.payload)
         except PeerError as error:
-            _log.warning("event refused", publisher=record.publisher, why=str(error))
+            who, why = record.publisher, str(error)
+            if count := self._repeats.line(who, "event refused"):
+                _log.warning("event refused", publisher=who, count=count, why=why)
             return
         before = self._conductor.run
         dropped = self._conductor.take(Logged(message, record.publisher, record.logged_unix_ns))
-        if dropped and self._live:
-            _log.info("event dropped", type=record.type, publisher=record.publisher, why=dropped)
+        who = record.publisher
+        if dropped and self._live and (count := self._repeats.line(who, record.type)):
+            _log.info("event dropped", type=record.type, publisher=who, count=count, why=dropped)
         self._note(before, self._conductor.run)
+        self._record(record, message, dropped, was_open=before.finished is None)
 
     def _note(self, before: Run, after: Run) -> None:
         """Keep the record of a round that is now over, and tell people what happened."""
@@ -213,6 +224,26 @@ class Controller:
                 outcome=outcome,
                 reason=finished.reason,
                 record=finished.record.hex(),
+            )
+
+    def _record(self, record: Record, message: Message, dropped: str, *, was_open: bool) -> None:
+        """Keep for good who asked for a run and what became of it, once, whatever is read again.
+
+        A run that was refused may be asked for as often as somebody likes.
+        """
+        write = self._audit.record if self._live else self._audit.record_once
+        finished = self._conductor.run.finished
+        if isinstance(message, pb.RunStarted) and not dropped:
+            write("run asked for", by=record.publisher, run=message.run_id, event=record.sequence)
+        elif isinstance(message, pb.RunStarted) and self._live:
+            self._audit.refused("run refused", record.publisher, run=message.run_id, why=dropped)
+        elif finished is not None and was_open:
+            write(
+                "run finished",
+                run=finished.run_id,
+                outcome=pb.RunFinished.Outcome.Name(finished.outcome),
+                record=finished.record.hex(),
+                event=record.sequence,
             )
 
     def _snapshot(self) -> None:

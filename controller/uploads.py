@@ -17,6 +17,7 @@ from typing import Final
 import structlog
 
 from metisfl.controller.admission import Admission, Expected, Refusal, closed
+from metisfl.controller.repeats import Repeats, is_worth_a_line
 from metisfl.controller.spool import Spool, StagedUpdate, UpdateRejected
 from metisfl.native_c import crc32c
 from metisfl.proto.bulk import EAGER_BYTES, Chunk, Code, Credit, Frame, Open, Refused, Stored
@@ -26,7 +27,7 @@ from metisfl.proto.digest import RunningDigest
 from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.model_file import ModelFile
 
-__all__ = ["OnRefused", "OnStored", "Send", "Uploads", "is_worth_a_line"]
+__all__ = ["OnDenied", "OnRefused", "OnStored", "Send", "Uploads", "is_worth_a_line"]
 
 Send = Callable[[bytes, Frame], bool]
 """Route, frame -> whether it was accepted for delivery."""
@@ -34,6 +35,8 @@ OnStored = Callable[[str, bytes, int], None]
 """Task id, digest, bytes of the update's file."""
 OnRefused = Callable[[str, str, str], None]
 """Task id, the principal that holds the task, reason."""
+OnDenied = Callable[[Code, str, str], None]
+"""Code, the principal that asked, reason."""
 
 DAMAGED_CHUNKS_MAX: Final = 3  # in a row; the transport is authenticated, so the sender is at fault
 log = structlog.get_logger()
@@ -75,6 +78,7 @@ class Uploads:
         on_stored: OnStored,
         on_refused: OnRefused,
         counts: Counter[str],
+        on_denied: OnDenied = lambda *_: None,
     ) -> None:
         self._spool = spool
         self._admission = admission
@@ -82,6 +86,8 @@ class Uploads:
         self._on_stored = on_stored
         self._on_refused = on_refused
         self._counts = counts
+        self._on_denied = on_denied
+        self._repeats = Repeats()
         self._credit: Allocator[bytes] = Allocator()
         self._uploads: dict[bytes, _Upload] = {}
         self._changed: dict[bytes, None] = {}  # a set in the order of change
@@ -119,8 +125,9 @@ class Uploads:
         refusal = self._admission.judge(frame, principal)
         upload = self._uploads.get(frame.subject)
         if refusal is not None:
-            if is_worth_a_line(self._refuse(route, frame.subject, refusal)):
-                _log_refusal(task_id, principal, refusal)
+            self._refuse(route, frame.subject, refusal)
+            self._log_refusal(task_id, principal, refusal)
+            self._on_denied(refusal.code, principal, refusal.reason)
         elif task_id in self._stored:
             self._tell_stored(route, task_id, frame.digest)
         elif task_id in self._checks:
@@ -185,10 +192,10 @@ class Uploads:
                 count = chunk_count(check.model.manifest)
                 self._send(check.route, Credit(task_digest(task_id), count, count))
 
-    def unreachable(self, routes: set[bytes]) -> None:
-        """The connections behind these routes are gone."""
+    def unreachable(self, routes: set[bytes] | None = None) -> None:
+        """The connections behind these routes are gone, or all."""
         for upload in self._uploads.values():
-            if upload.route in routes:
+            if routes is None or upload.route in routes:
                 upload.route = None
                 self._sleep(upload)
 
@@ -327,7 +334,8 @@ class Uploads:
 
     def _remember(self, task_id: str, digest: bytes, learner: str, refusal: Refusal) -> None:
         self._admission.remember(task_id, digest, refusal)
-        _log_refusal(task_id, learner, refusal)
+        self._log_refusal(task_id, learner, refusal)
+        self._on_denied(refusal.code, learner, refusal.reason)
         self._on_refused(task_id, learner, refusal.reason)
 
     def _fail(self, upload: _Upload, error: MachineError) -> None:
@@ -340,8 +348,10 @@ class Uploads:
     ) -> None:
         """This machine is at fault; the same update is welcome later."""
         refusal = Refusal(Code.NO_SPACE, f"the controller cannot store the update: {error}")
-        if is_worth_a_line(self._refuse(route, subject, refusal)):
-            log.error("update not spooled", task=task_id, learner=learner, why=str(error))
+        self._refuse(route, subject, refusal)
+        if count := self._repeats.line(learner, refusal.code.name):
+            why = str(error)
+            log.error("update not spooled", task=task_id, learner=learner, count=count, why=why)
         self._on_refused(task_id, learner, refusal.reason)
 
     def _drop(self, upload: _Upload) -> None:
@@ -370,20 +380,13 @@ class Uploads:
             reason = f"task {task_id} has another update already, with the digest {stored.hex()}"
             self._refuse(route, subject, Refusal(Code.OTHER_UPDATE, reason))
 
-    def _refuse(self, route: bytes | None, subject: bytes, refusal: Refusal) -> int:
-        """Say no; return how often for this reason so far."""
-        name = f"refused_{refusal.code.name.lower()}"
-        self._counts[name] += 1
+    def _refuse(self, route: bytes | None, subject: bytes, refusal: Refusal) -> None:
+        self._counts[f"refused_{refusal.code.name.lower()}"] += 1
         if route is not None:
             self._send(route, Refused(subject, refusal.code, refusal.reason))
-        return self._counts[name]
 
-
-def is_worth_a_line(count: int) -> bool:
-    """1, 2, 4, 8...: what a peer can repeat at will must not fill the log."""
-    return count & (count - 1) == 0
-
-
-def _log_refusal(task_id: str, principal: str, refusal: Refusal) -> None:
-    code, why = refusal.code.name, refusal.reason
-    log.warning("update refused", task=task_id, learner=principal, code=code, why=why)
+    def _log_refusal(self, task_id: str, principal: str, refusal: Refusal) -> None:
+        code, why = refusal.code.name, refusal.reason
+        if count := self._repeats.line(principal, code):
+            facts = {"task": task_id, "learner": principal, "code": code, "count": count}
+            log.warning("update refused", **facts, why=why)

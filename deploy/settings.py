@@ -29,6 +29,7 @@ __all__ = ["App", "Encryption", "Federation", "Learner", "Training", "load_feder
 
 FILE_BYTES_MAX = 1 << 20
 DATA_CHARACTERS_MAX = 4096
+DOTS_MAX = 500  # in a line: Python's own parser takes a second for a key of 8,000 parts
 ANY_PORT = "tcp://127.0.0.1:0"
 OBJECT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 ENDPOINT = re.compile(
@@ -80,7 +81,7 @@ class Encryption:
 class Federation:
     """A whole federation file. Endpoints are those to bind; port 0 leaves the choice of port.
 
-    `encryption` is used where `privacy` is "ckks".
+    `encryption` is used where `privacy` is "ckks". `max_examples` 0: a learner may have any number.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Federation:
     ingress: str
     live: str
     bulk: str
+    max_examples: int = 0
 
 
 Check = Callable[[str, object], Any]  # (path of the key, value) -> value to use; or UserError
@@ -136,6 +138,9 @@ def _read(path: Path) -> bytes:
         raise UserError(f"cannot be read: {reason}") from None
     if len(content) > FILE_BYTES_MAX:
         raise UserError(f"more than {FILE_BYTES_MAX} bytes; this is not a federation file")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if (dots := line.count(b".")) > DOTS_MAX:
+            raise UserError(f"line {number} has {dots} dots; at most {DOTS_MAX}")
     return content
 
 
@@ -342,6 +347,7 @@ DOCUMENT = {
             "lease_s": Key(_number(1, 86_400), 60.0),
             "seed": Key(_integer(0, 2**63 - 1), 0),
             "privacy": Key(_choice("plain", "ckks"), "ckks"),
+            "max_examples": Key(_integer(0, 2**53), 0),
         }
     ),
     "encryption": _section(

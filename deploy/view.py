@@ -18,6 +18,10 @@ from metisfl.proto.records import pool_metrics
 __all__ = ["LearnerView", "View", "lines", "readable_bytes", "shown_metric", "shown_missing"]
 
 
+_NO = (pb.TaskFailed, pb.ScaleExceeded)
+_ANSWERS = (*_NO, pb.TaskCompleted, pb.LeaseEnded)
+
+
 @dataclass(frozen=True, slots=True)
 class LearnerView:
     """One learner, as last heard of."""
@@ -50,6 +54,8 @@ class View:
     finished: pb.RunFinished | None = None
     missed: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # by learner, rounds without it
     waits_for: str = ""  # in the controller's words
+    asked: Mapping[str, str] = MappingProxyType({})  # by learner, its task that is not answered
+    failed: frozenset[str] = frozenset()  # learners that have failed in this round
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -64,7 +70,8 @@ class View:
             return self
         if isinstance(message, pb.RoundOpened) and message.run_id == self.run_id:
             stored = self.stored if message.keeps_updates else MappingProxyType({})
-            return replace(self, round=message.round, stored=stored)
+            failed = self.failed if message.round == self.round else frozenset()
+            return replace(self, round=message.round, stored=stored, failed=failed)
         if isinstance(message, pb.RoundClosed) and message.run_id == self.run_id:
             return self._after_close(message)
         if isinstance(message, pb.RunFinished) and message.run_id == self.run_id:
@@ -72,17 +79,31 @@ class View:
         if isinstance(message, pb.ControllerStatus) and message.run_id == self.run_id:
             return replace(self, waits_for=message.waits_for)
         name = getattr(message, "learner", "")
-        if name not in self.learners:
+        if name not in self.learners or (isinstance(message, _NO) and not self.awaits(message)):
             return self
-        after = self
+        after = self._after_task(message, name)
         if isinstance(message, pb.TaskCompleted) and not message.update_digest:
             evaluated = {**self.evaluated, name: dict(message.metrics)}
-            after = replace(self, evaluated=MappingProxyType(evaluated))
+            after = replace(after, evaluated=MappingProxyType(evaluated))
         elif isinstance(message, pb.UpdateStored):
             sizes = {**self.stored, name: message.update_bytes}
-            after = replace(self, stored=MappingProxyType(sizes))
+            after = replace(after, stored=MappingProxyType(sizes))
         learner = _learner_after(self.learners[name], message)
         return replace(after, learners=MappingProxyType({**self.learners, name: learner}))
+
+    def awaits(self, answer: pb.TaskFailed | pb.ScaleExceeded) -> bool:
+        """Whether the learner was asked this and has not answered: else it is only talk."""
+        return self.asked.get(answer.learner) == answer.task_id
+
+    def _after_task(self, message: Message, name: str) -> View:
+        """Who is still awaited, and who has failed."""
+        if isinstance(message, pb.TaskAssigned) and message.run_id == self.run_id:
+            return replace(self, asked=MappingProxyType({**self.asked, name: message.task_id}))
+        if isinstance(message, _ANSWERS) and self.asked.get(name) == message.task_id:
+            asked = {other: task_id for other, task_id in self.asked.items() if other != name}
+            failed = self.failed | {name} if isinstance(message, pb.TaskFailed) else self.failed
+            return replace(self, asked=MappingProxyType(asked), failed=failed)
+        return self
 
     def _after_close(self, closed: pb.RoundClosed) -> View:
         uploaded = sum(self.stored.get(one.learner, 0) for one in closed.counted)
@@ -133,13 +154,18 @@ def lines(before: View, message: Message) -> list[str]:
         return [f"{message.learner} has joined"]
     if isinstance(message, pb.LearnerLeft):
         return [f"{message.learner} has left: {message.reason}"]
+    if isinstance(message, _NO) and not before.awaits(message):
+        return []
     if isinstance(message, pb.TaskFailed):
-        return [f"{message.learner} failed: {message.reason}"]
+        told_before = message.learner in before.failed
+        return [] if told_before else [f"{message.learner} failed: {message.reason}"]
     if isinstance(message, pb.ScaleExceeded):
         return [
             f"{message.learner} has values in {message.tensor} beyond the round's scale; the round "
             "is opened again with a larger one"
         ]
+    if isinstance(message, pb.RoundClosed):
+        return _left_out(before, message)
     if isinstance(message, pb.LeaseEnded):
         return [f"{message.learner} was silent for {message.silent_s:.0f} s"]
     if isinstance(message, pb.RoundOpened) and message.keeps_updates:
@@ -155,6 +181,16 @@ def lines(before: View, message: Message) -> list[str]:
     if over and before.closed is not None and before.closed.round == before.round:
         return [_round_line(before, before.closed)]
     return []
+
+
+def _left_out(before: View, closed: pb.RoundClosed) -> list[str]:
+    """Who does not count for a reason that no line has told yet: once in a run."""
+    told = before.failed | before.missed.keys()
+    return [
+        f"{one.learner} does not count: {one.reason}"
+        for one in closed.missing
+        if closed.run_id == before.run_id and one.kind == "failed" and one.learner not in told
+    ]
 
 
 def _is_stuck(status: pb.ControllerStatus) -> bool:

@@ -88,6 +88,7 @@ def _run_started(federation: Federation, view: View) -> pb.RunStarted:
         lease_s=federation.lease_s,
         seed=federation.seed,
         privacy=federation.privacy,
+        max_examples=federation.max_examples,
         hyperparameters=pb.Hyperparameters(
             epochs=federation.training.epochs,
             batch_size=federation.training.batch_size,

@@ -17,7 +17,7 @@ from typing import Any, Final
 import structlog
 
 from metisfl import __version__
-from metisfl.broker.client import BrokerClient, Outbox
+from metisfl.broker.client import BrokerClient, Outbox, Record
 from metisfl.deploy.database import transaction
 from metisfl.deploy.run import StopSignal
 from metisfl.learner import task as t
@@ -68,8 +68,12 @@ class Learner:
         bulk: BulkClient,
         worker: Worker,
         public: PublicPart | None = None,
+        on_record: Callable[[Record], None] = lambda _: None,
     ) -> None:
-        """With `public`, the public part of the site's key, the learner sends nothing in plain."""
+        """With `public`, the public part of the site's key, the learner sends nothing in plain.
+
+        `on_record` gets every record of the log before it is applied, after a restart again.
+        """
         self._name = name
         self._federation = federation
         self._home = home
@@ -79,6 +83,7 @@ class Learner:
         self._bulk = bulk
         self._worker = worker
         self._public = public
+        self._on_record = on_record
         self._privacy = "plain" if public is None else "ckks"
         self._table = TaskTable(connection)
         self._tasks = self._saved = self._table.load(name)
@@ -126,6 +131,8 @@ class Learner:
     async def follow(self, lane: str) -> None:
         """Apply the records of one lane, batch by batch."""
         async for batch in self._client.records(lane):
+            for record in batch.records:
+                self._on_record(record)
             events = [event for record in batch.records if (event := event_of(record))]
             self._handle(events, lane, batch.through)
 

@@ -186,6 +186,8 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "silent_s": _seconds,
         },
         "MemberAdmitted": {"learner": _name},
+        "PeerAdmitted": {"principal": _text(80, least=1), "public": _text(40, least=40)},
+        "PeerExpelled": {"principal": _text(80, least=1), "public": _text(40, least=40)},
         "Progress": {
             "task_id": _task_id,
             "learner": _name,
@@ -230,6 +232,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "privacy": _text(32, least=1),
             "hyperparameters": _nested,
             "waits_for_quorum": _number(0, 1),
+            "max_examples": _number(0, COUNT_MAX),
         },
         "ScaleExceeded": {
             "task_id": _task_id,
@@ -284,6 +287,7 @@ EVENT_TYPES: Final[Mapping[str, type[Message]]] = MappingProxyType(
 _BY_LEARNERS = {"Heartbeat", "LearnerJoined", "LearnerLeft", "Progress"}
 _BY_LEARNERS |= {"ScaleExceeded", "TaskCompleted", "TaskFailed"}
 _BY_DRIVERS = {"RunStarted"}
+_BY_BROKER = {"PeerAdmitted", "PeerExpelled"}
 
 
 def may_send(principal: str, message: Message) -> bool:
@@ -291,6 +295,8 @@ def may_send(principal: str, message: Message) -> bool:
     name, (role, _, own) = message.DESCRIPTOR.name, principal.partition(":")
     if name in _BY_LEARNERS:
         return role == "learner" and own == message.learner  # type: ignore[attr-defined]
+    if name in _BY_BROKER:
+        return principal == "broker"
     return role == ("driver" if name in _BY_DRIVERS else "controller")
 
 

@@ -88,6 +88,22 @@ class LearnerLeft(_message.Message):
     reason: str
     def __init__(self, learner: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PeerAdmitted(_message.Message):
+    __slots__ = ("principal", "public")
+    PRINCIPAL_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    principal: str
+    public: str
+    def __init__(self, principal: _Optional[str] = ..., public: _Optional[str] = ...) -> None: ...
+
+class PeerExpelled(_message.Message):
+    __slots__ = ("principal", "public")
+    PRINCIPAL_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    principal: str
+    public: str
+    def __init__(self, principal: _Optional[str] = ..., public: _Optional[str] = ...) -> None: ...
+
 class MemberAdmitted(_message.Message):
     __slots__ = ("learner",)
     LEARNER_FIELD_NUMBER: _ClassVar[int]
@@ -105,7 +121,7 @@ class Hyperparameters(_message.Message):
     def __init__(self, epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class RunStarted(_message.Message):
-    __slots__ = ("run_id", "rounds", "learners", "quorum", "lease_s", "seed", "privacy", "hyperparameters", "waits_for_quorum")
+    __slots__ = ("run_id", "rounds", "learners", "quorum", "lease_s", "seed", "privacy", "hyperparameters", "waits_for_quorum", "max_examples")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     LEARNERS_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +131,7 @@ class RunStarted(_message.Message):
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_QUORUM_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     rounds: int
     learners: _containers.RepeatedScalarFieldContainer[str]
@@ -124,7 +141,8 @@ class RunStarted(_message.Message):
     privacy: str
     hyperparameters: Hyperparameters
     waits_for_quorum: bool
-    def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., waits_for_quorum: _Optional[bool] = ...) -> None: ...
+    max_examples: int
+    def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., waits_for_quorum: _Optional[bool] = ..., max_examples: _Optional[int] = ...) -> None: ...
 
 class RunFinished(_message.Message):
     __slots__ = ("run_id", "outcome", "reason", "model_digest", "rounds", "record")

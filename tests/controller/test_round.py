@@ -209,6 +209,24 @@ def test_who_left_before_a_run_is_not_waited_for_but_may_come_back() -> None:
     assert sorted(task.learner for task in world.run.tasks.values()) == list(LEARNERS)
 
 
+def test_who_is_expelled_in_a_round_is_out_of_it_at_once() -> None:
+    world = World()
+    for name in LEARNERS:
+        world.log_event(pb.LearnerJoined(learner=name), f"learner:{name}")
+    world.log_event(plan(), "driver:d")
+    world.perform_all()
+    world.complete("r1.0.initialise.ada")
+    world.perform_all()
+    key = "x" * 40
+    world.log_event(pb.PeerExpelled(principal="learner:cyd", public=key), "learner:ada")
+    assert "cyd" in world.run.members, "nobody but the broker says who was expelled"
+    world.log_event(pb.PeerExpelled(principal="driver:d", public=key), "broker")
+    world.log_event(pb.PeerExpelled(principal="learner:cyd", public=key), "broker")
+    (task,) = (task for task in world.run.tasks.values() if task.learner == "cyd")
+    assert "expelled" in task.reason
+    assert [wait.learner for wait in waits(world.run)] == ["ada", "bob"]
+
+
 def test_a_plan_that_cannot_be_is_refused_with_the_reason() -> None:
     world = World()
     world.log_event(plan(quorum=4), "driver:d")

@@ -6,6 +6,7 @@ Whatever is asked of the learners is in the log: a restart asks for the same.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import example, given, settings
@@ -28,11 +29,16 @@ def secret_plan(rounds: int = 2, quorum: int = 2) -> pb.RunStarted:
     return the_plan
 
 
-def begun(rounds: int = 2, terms: Terms = TERMS, exponents: tuple[int, ...] = (2, 3)) -> World:
+def begun(
+    rounds: int = 2,
+    terms: Terms = TERMS,
+    exponents: tuple[int, ...] = (2, 3),
+    declared: Mapping[str, int] = DECLARED,
+) -> World:
     """A run whose initial model is there and whose round 1 is open."""
     world = World(Run("f", terms))
     world.log_event(secret_plan(rounds), "driver:d")
-    for name, examples in DECLARED.items():
+    for name, examples in declared.items():
         joined = pb.LearnerJoined(learner=name, examples=examples)
         world.log_event(joined, f"learner:{name}")
     world.perform_all()
@@ -191,12 +197,13 @@ def test_a_plain_run_knows_no_scales() -> None:
 
 
 def test_a_weight_that_would_wrap_the_sum_does_not_count() -> None:
-    world = begun()
-    world.complete("r1.1.train.ada", 100, exponents=(2, 3))
-    world.complete("r1.1.train.bob", 61, exponents=(2, 3))
+    """It can where nobody has declared anything."""
+    world = begun(declared=dict.fromkeys(DECLARED, 0))
+    world.complete("r1.1.train.ada", 5, exponents=(2, 3))
+    world.complete("r1.1.train.bob", 4, exponents=(2, 3))
     task = world.run.tasks["r1.1.train.bob"]
     assert task.status is Status.FAILED
-    assert "sum of weights to 8.05; the key allows 8" in task.reason
+    assert "sum of weights to 9; the key allows 8" in task.reason
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=3, max_size=3))
@@ -215,15 +222,38 @@ def test_weights_that_sum_to_their_number_always_fit(examples: list[int]) -> Non
     assert all(task.counts for task in world.run.tasks.values())
 
 
-def test_a_round_that_is_nearly_one_site_alone_is_not_folded() -> None:
-    world = begun()
-    world.complete("r1.1.train.ada", 100, exponents=(2, 3))
+@pytest.mark.parametrize(("declared", "most"), [(DECLARED, 10), ({**DECLARED, "ada": 0}, 25)])
+def test_who_claims_more_examples_than_it_declared_takes_nobodys_place(
+    declared: Mapping[str, int], most: int
+) -> None:
+    """Who is first with a weight that leaves no room for others would otherwise end the run."""
+    world = begun(declared=declared)
+    world.complete("r1.1.train.ada", most + 1, exponents=(2, 3))
+    claims = world.run.tasks["r1.1.train.ada"]
+    assert claims.status is Status.FAILED
+    assert f"reports {most + 1} examples, more than the {most}" in claims.reason
     for name in ("bob", "cyd"):
-        world.complete(f"r1.1.train.{name}", 1, exponents=(2, 3))
-    assert not any(isinstance(effect, Fold) for effect in world.under_way.values())
+        world.complete(f"r1.1.train.{name}", DECLARED[name], exponents=(2, 3))
     world.perform_all()
-    assert world.run.finished is not None
-    assert "round 1: ada is 98.0% of it" in world.run.finished.reason
+    assert world.run.closed is not None
+    assert [one.learner for one in world.run.closed.counted] == ["bob", "cyd"]
+
+
+def test_a_plain_round_takes_no_more_examples_than_were_declared_either() -> None:
+    world = World()
+    world.log_event(plan(1, 2), "driver:d")
+    for name, examples in {**DECLARED, "cyd": 0}.items():
+        joined = pb.LearnerJoined(learner=name, examples=examples)
+        world.log_event(joined, f"learner:{name}")
+    world.perform_all()
+    world.complete("r1.0.initialise.ada", examples=0)
+    world.perform_all()
+    for name, claimed in {"ada": 10**6, "bob": 20, "cyd": 10**6}.items():
+        world.complete(f"r1.1.train.{name}", claimed)
+    world.perform_all()
+    assert world.run.closed is not None
+    weights = {one.learner: one.weight for one in world.run.closed.counted}
+    assert weights == {"bob": 20, "cyd": 10**6}, "who declares nothing weighs what it says"
 
 
 def test_an_update_that_cannot_be_folded_is_left_out_and_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+from structlog.testing import capture_logs
 
 from metisfl.broker.client import Batch, Outbox, Record
 from metisfl.controller import shell
@@ -19,11 +21,13 @@ from metisfl.controller.effects import key_of
 from metisfl.controller.shell import Controller
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
+from metisfl.deploy.audit import Audit
 from metisfl.deploy.database import open_database
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.envelope import parse_envelope
 from metisfl.proto.errors import MachineError
 from metisfl.proto.events import decode, encode
+from metisfl.proto.frames import Beat
 from metisfl.proto.model_file import write_model
 from metisfl.proto.tensors import Tensor
 
@@ -56,6 +60,7 @@ class Around:
         self.history: list[str] = []
         self.logged: list[Record] = []
         self.refused = ""
+        self.beaten: list[Beat] = []
         self.asked = asyncio.Event()
 
     async def drained(self, timeout_s: float) -> None:
@@ -68,12 +73,17 @@ class Around:
         while True:
             yield await self._lane.get()
 
-    def log(self, publisher: str, message: Message) -> None:
+    async def beats(self, prefix: str) -> AsyncIterator[Beat]:
+        for beat in self.beaten:
+            yield beat
+
+    def log(self, publisher: str, message: Message, *, garbled: bool = False) -> None:
         self._logged += 1
         self.history.append(message.DESCRIPTOR.name)
         if publisher == "controller":
             self.keys.append(key_of(message))
         kind, payload = encode(message)
+        payload = b"\xff" if garbled else payload
         record = Record(self._logged, self._logged, "f/run/all/", publisher, kind, "", payload)
         self.logged.append(record)
         self._lane.put_nowait(Batch((record,), self._logged, True, 0))
@@ -121,6 +131,7 @@ class World:
             store=self.store,
             spool=self.spool,
             public=None,
+            audit=Audit(folder / "audit.jsonl"),
         )
         self.plan = pb.RunStarted()
         self.plan.CopyFrom(PLAN)
@@ -262,5 +273,109 @@ def test_a_learner_that_left_is_admitted_again(tmp_path: Path) -> None:
             one.around.log("learner:ada", pb.LearnerJoined(learner="ada"))
             while one.around.history[-1] != "MemberAdmitted":
                 await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))
+
+
+def audited(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = (folder / "audit.jsonl").read_text().splitlines()
+    return [(line["what"], line["facts"]) for line in map(json.loads, lines)]
+
+
+def test_who_asks_for_a_run_and_how_it_ends_is_recorded_once_whatever_is_read_again(
+    tmp_path: Path,
+) -> None:
+    async def ended_again(one: World, log: list[Record]) -> None:
+        """The log so far, of which it saw nothing yet; then the only learner gives up."""
+        one.around.replayed = [Batch((record,), record.sequence, False, 0) for record in log]
+        one.around.replayed.append(Batch((), len(log), True, 0))
+        following = asyncio.create_task(one.controller.follow())
+        if log[-1].type != "RunFinished":
+            failed = pb.TaskFailed(task_id="r.1.train.ada", learner="ada", reason="enough")
+            one.around.log("learner:ada", failed)
+        while one.controller.run.finished is None:
+            await asyncio.sleep(0)
+        following.cancel()
+
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            one.around.refused = "r.1.train.ada"
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            log = one.around.logged
+        asked = ("run asked for", {"by": "driver:me", "run": "r", "event": 1})
+        assert audited(tmp_path) == [asked]
+        again = World(tmp_path)
+        with closing(again.connection):
+            again.around._logged = len(log)
+            await ended_again(again, log)
+            log = [*log, *again.around.logged]
+            finished = again.controller.run.finished
+            assert finished is not None
+        record = finished.record.hex()
+        end = {"run": "r", "outcome": "FAILED", "record": record, "event": len(log)}
+        assert audited(tmp_path) == [asked, ("run finished", end)]
+        for folder in (tmp_path, tmp_path / "another"):  # the second has never run before
+            folder.mkdir(exist_ok=True)
+            (folder / "db").unlink(missing_ok=True)
+            third = World(folder)
+            with closing(third.connection):
+                await ended_again(third, log)
+            assert audited(folder) == [asked, ("run finished", end)]
+
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))
+
+
+def test_a_run_that_is_asked_for_in_vain_is_recorded_as_a_refusal(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            one.around.refused = "r.1.train.ada"
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            for number in range(9):
+                other = pb.RunStarted()
+                other.CopyFrom(PLAN)
+                other.run_id = f"other{number}"
+                one.around.log("driver:eve", other)
+            while one.around.history.count("RunFinished") < 9:
+                await asyncio.sleep(0)
+            _, (what, facts) = audited(tmp_path)
+            assert (what, facts["who"], facts["run"]) == ("run refused", "driver:eve", "other0")
+            assert "run r is training; wait for its end" in facts["why"]
+
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))
+
+
+def test_what_a_learner_repeats_at_will_does_not_fill_the_log(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as one:
+            one.around.refused = "r.1.train.ada"
+            await asyncio.wait_for(one.around.asked.wait(), DEADLINE_S)
+            late = pb.TaskFailed(task_id="r.0.initialise.ada", learner="ada", reason="lie")
+            with capture_logs() as logs:
+                for _ in range(100):
+                    one.around.log("learner:ada", late)
+                    one.around.log("learner:eve", late)
+                    one.around.log("learner:ada", pb.LearnerJoined(learner="ada"), garbled=True)
+                    await asyncio.sleep(0)
+                one.around.log("driver:eve", PLAN)  # the last of them
+                while not any(line["publisher"] == "driver:eve" for line in logs):
+                    await asyncio.sleep(0)
+        for event, who in [
+            ("event dropped", "learner:ada"),
+            ("event dropped", "learner:eve"),
+            ("event refused", "learner:ada"),
+        ]:
+            lines = [line for line in logs if (line["event"], line["publisher"]) == (event, who)]
+            assert [line["count"] for line in lines] == [1, 2, 4, 8, 16, 32, 64], (event, who)
+
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))
+
+
+def test_beats_that_cannot_be_read_do_not_fill_the_log_either(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        one = World(tmp_path)
+        with closing(one.connection), capture_logs() as logs:
+            one.around.beaten = [Beat("f/beat/ada/", "Progress", b"\xff")] * 20
+            await one.controller.listen()
+        assert [line["count"] for line in logs] == [1, 2, 4, 8, 16]
 
     asyncio.run(asyncio.wait_for(scenario(), DEADLINE_S))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from metisfl.controller.admission import Expected
+from metisfl.controller.admission import REJECTED_MAX, Admission, Expected
 from metisfl.proto.bulk import Code, Credit, Open, Stored
 from metisfl.proto.chunk import federation_digest, task_digest
 from metisfl.proto.credit import BUDGET_CHUNKS, RECLAIM_S
@@ -78,6 +78,33 @@ def test_an_update_that_cannot_be_used_is_refused_to_both(desk: Any) -> None:
     code, reason = desk.refusal()
     assert code == Code.BAD_MANIFEST
     assert desk.refused == [("t", ADA, reason)]
+
+
+def test_offers_that_cannot_be_used_cost_few_looks_and_few_lines(
+    desk: Any, small: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bytes] = []
+    look = Admission.manifest
+
+    def looked(admission: Admission, frame: Open) -> Any:
+        looks.append(frame.digest)
+        return look(admission, frame)
+
+    monkeypatch.setattr(Admission, "manifest", looked)
+    with capture_logs() as logs:
+        for number in [*range(100), *range(100)]:
+            digest = number.to_bytes(32, "big")
+            desk.uploads.open(Open("t", FEDERATION, digest, 4, b"\xff"), ADA, ADA.encode(), 0.0)
+            assert desk.refusal()[0] == Code.BAD_MANIFEST
+    assert len(looks) == len(set(looks)) == REJECTED_MAX, "each once, and then none"
+    assert "8 updates for task t were refused; it gets no more chances" in desk.refusal()[1]
+    assert [line["count"] for line in logs] == [1, 2, 4, 8, 16, 32, 64, 128]
+    with capture_logs() as logs:
+        desk.open(small, "t", BOB)
+    assert [line["learner"] for line in logs] == [BOB], "nobody hides behind another's lines"
+    desk.expect({"u": Expected(ADA)})
+    desk.upload(small, "u")
+    assert [task for task, _, _ in desk.stored] == ["u"], "a new task has its chances"
 
 
 def test_a_learner_that_made_a_new_update_starts_anew(

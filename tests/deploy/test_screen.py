@@ -43,9 +43,10 @@ def test_a_terminal_gets_a_table_that_follows_the_run(monkeypatch: pytest.Monkey
 
 def test_elsewhere_there_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
     message = pb.TaskFailed(task_id="t", learner="ada", reason="no rows left")
-    with screen_for(VIEW) as screen:
+    view = VIEW.after(pb.TaskAssigned(run_id="r", task_id="t", learner="ada"))
+    with screen_for(view) as screen:
         assert isinstance(screen, LineScreen)
-        screen.show(VIEW, VIEW.after(message), message, 0)
+        screen.show(view, view.after(message), message, 0)
     captured = capsys.readouterr()
     assert captured.err == "ada failed: no rows left\n"
     assert captured.out == "", "stdout is for programs"

@@ -30,6 +30,7 @@ without_quorum = "fail"
 lease_s = 30
 seed = 1
 privacy = "ckks"
+max_examples = 5000
 
 [encryption]
 profile = "fine"
@@ -102,6 +103,7 @@ def test_a_full_file_is_read_as_written(folder: Path) -> None:
         ingress="tcp://127.0.0.1:5570",
         live="tcp://127.0.0.1:5571",
         bulk="tcp://127.0.0.1:5572",
+        max_examples=5000,
     )
 
 
@@ -111,6 +113,7 @@ def test_a_short_file_gets_the_defaults(folder: Path) -> None:
     assert federation.waits_for_quorum, "a site that is away for a while ends no run"
     assert federation.lease_s == 60.0
     assert federation.seed == 0
+    assert federation.max_examples == 0, "no bound"
     assert federation.privacy == "ckks", "nothing leaves in plain unless somebody says so"
     assert federation.encryption == Encryption(None, 1e-6, 2, 0.95, "none")
     assert federation.training == Training(epochs=1, batch_size=32, learning_rate=None)
@@ -144,6 +147,7 @@ REFUSED = [
     ("lease_s = 30", "lease_s = inf", "a number from 1 to 86400"),
     ("lease_s = 30", "lease_s = true", "federation.lease_s: True cannot be"),
     ("seed = 1", "seed = 9223372036854775808", "federation.seed: 9223372036854775808 cannot be"),
+    ("max_examples = 5000", "max_examples = -1", "federation.max_examples: -1 cannot be"),
     ('"ckks"', '"none"', 'federation.privacy: \'none\' cannot be; allowed is "plain" or "ckks"'),
     (
         '"ckks"',
@@ -262,7 +266,7 @@ def test_a_file_that_is_not_there_is_named(folder: Path) -> None:
 
 
 def test_a_file_in_another_encoding_names_the_line(folder: Path) -> None:
-    with pytest.raises(UserError, match="line 23 is not UTF-8"):
+    with pytest.raises(UserError, match="line 24 is not UTF-8"):
         load(folder, FULL.replace("Hearts", "Hérts").encode("latin-1"))
 
 

@@ -140,12 +140,81 @@ def test_what_a_round_uploaded_is_what_is_in_its_model() -> None:
 def test_an_update_that_does_not_fit_is_told_with_its_tensor() -> None:
     exceeded = pb.ScaleExceeded(task_id="t", learner="bob", tensor="norm/variance", exponents=[13])
     opened = pb.RoundOpened(run_id="r", round=1)
-    view, printed = seen(opened, exceeded, pb.RoundOpened(run_id="r", round=1, attempt=1))
+    view, printed = seen(
+        opened,
+        asked("bob", "t"),
+        exceeded,
+        exceeded,
+        pb.RoundOpened(run_id="r", round=1, attempt=1),
+    )
     assert view.learners["bob"].state == "waiting"
     assert printed == [
         "bob has values in norm/variance beyond the round's scale; the round is opened again with "
         "a larger one"
     ]
+
+
+def asked(learner: str, task_id: str, run_id: str = "r") -> pb.TaskAssigned:
+    return pb.TaskAssigned(run_id=run_id, task_id=task_id, learner=learner)
+
+
+def failed(learner: str, task_id: str, reason: str = "lie") -> pb.TaskFailed:
+    return pb.TaskFailed(learner=learner, task_id=task_id, reason=reason)
+
+
+def test_a_failure_is_told_once_a_round_of_who_was_asked() -> None:
+    view, printed = seen(
+        failed("ada", "1.ada"),
+        pb.RoundOpened(run_id="r", round=1),
+        asked("ada", "1.ada"),
+        asked("bob", "1.bob"),
+        failed("ada", "1.bob"),
+        failed("ada", "0.ada"),
+        failed("mallory", "1.mallory"),
+    )
+    assert printed == [], "nobody has failed in what it was asked"
+    assert view.learners["ada"].state == "asked"
+    view, printed = seen(
+        pb.RoundOpened(run_id="r", round=1),
+        asked("ada", "1.ada"),
+        failed("ada", "1.ada", "disk full"),
+        failed("ada", "1.ada"),
+        pb.RoundOpened(run_id="r", round=1, attempt=1),
+        asked("ada", "1.again1.ada"),
+        failed("ada", "1.again1.ada"),
+        asked("bob", "1.again1.bob"),
+        failed("bob", "1.again1.bob", "no data"),
+    )
+    assert printed == ["ada failed: disk full", "bob failed: no data"]
+    assert view.learners["ada"].state == "failed"
+    view = view.after(pb.RoundOpened(run_id="r", round=2)).after(asked("ada", "2.ada"))
+    assert lines(view, failed("ada", "2.ada", "again")) == ["ada failed: again"]
+
+
+def test_who_has_answered_or_was_asked_by_another_run_has_nothing_to_fail_in() -> None:
+    _, printed = seen(
+        pb.RoundOpened(run_id="r", round=1),
+        asked("ada", "1.ada"),
+        pb.TaskCompleted(learner="ada", task_id="1.ada", update_digest=bytes(32)),
+        failed("ada", "1.ada"),
+        asked("bob", "other.bob", run_id="other"),
+        failed("bob", "other.bob"),
+    )
+    assert printed == []
+
+
+def test_who_is_left_out_without_having_failed_is_told_once_with_the_reason() -> None:
+    first, second = closed(1), closed(2)
+    for one in (first, second):
+        one.missing.add(learner="cyd", kind="failed", reason="declares 1000000 examples")
+        one.missing.add(learner="dan", kind="late", reason="silent")
+    _, printed = seen(pb.RoundOpened(run_id="r", round=1), first, second)
+    assert printed == ["cyd does not count: declares 1000000 examples"]
+    third = closed(1)
+    third.missing.add(learner="ada", kind="failed", reason="no data")
+    opened = pb.RoundOpened(run_id="r", round=1)
+    _, printed = seen(opened, asked("ada", "t"), failed("ada", "t", "no data"), third)
+    assert printed == ["ada failed: no data"], "it has told that itself"
 
 
 def test_another_run_and_strangers_change_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -12,8 +13,9 @@ from google.protobuf.message import Message
 
 from metisfl.broker.client import Batch, Beat, Record
 from metisfl.deploy.screen import LineScreen
+from metisfl.deploy.settings import load_federation
 from metisfl.deploy.view import LearnerView, View
-from metisfl.deploy.watch import Follower
+from metisfl.deploy.watch import Follower, _run_started, new_view
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import encode
 
@@ -56,6 +58,19 @@ class Recorder(LineScreen):
 
 def follower(broker: Broker) -> Follower:
     return Follower(cast(Any, broker), "f", VIEW, LineScreen())
+
+
+def test_the_bound_on_examples_goes_with_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text(
+        """
+        federation = { name = "f", rounds = 1, max_examples = 5000 }
+        app = { object = "f:F" }
+        learners = [{ name = "a" }, { name = "b" }]
+        """
+    )
+    federation = load_federation(file)
+    assert _run_started(federation, new_view(federation)).max_examples == 5000
 
 
 def test_a_run_ends_when_the_controller_says_so_and_not_before(
