@@ -48,10 +48,13 @@ demo: $(BUILT) ## run a whole federation on this machine: broker, controller, le
 	@$(BIN)/metisfl demo $(ARGS)
 
 test: $(BUILT) $(LINKS) ## run the tests, but for those that kill, cut and fill what is real
-	@$(BIN)/pytest -m 'not chaos' $(ARGS)
+	@$(if $(ARGS),$(BIN)/pytest -m 'not chaos' $(ARGS),\
+		$(BIN)/pytest -m 'not chaos' --ignore tests/services && \
+		$(BIN)/pytest -m 'not chaos' tests/services)
 
-test-all: test ## run all tests, those included
-	@$(BIN)/pytest -m chaos $(ARGS)
+test-all: test ## run all tests, those included, and a federation under attack
+	@$(BIN)/pytest -m chaos --ignore tests/hostile
+	@$(BIN)/pytest -m chaos tests/hostile
 
 simulate: $(BUILT) ## run the cores in a bad world of their own (SEEDS=10000 from FIRST=0)
 	@$(BIN)/python -I tests/simulation --seeds $(SEEDS) --first $(FIRST)

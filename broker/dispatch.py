@@ -93,26 +93,24 @@ class Dispatch:
             self.offences.add(principal, status.CONNECTION, "it connects too often")
             return False
         if len(account.peers) >= SESSIONS_MAX:
-            for known in list(account.peers):
-                if not is_there(known):
-                    self.gone(known)
+            for ended in [known for known in account.peers if not is_there(known)]:
+                self._forget(ended)
         if len(account.peers) >= SESSIONS_MAX:
             idle = (known for known in account.peers if self._sessions[known].answers.none)
             if (oldest := next(idle, None)) is None:
                 reason = f"it has {SESSIONS_MAX} connections, on which all answers are unread"
                 self.offences.add(principal, status.CONNECTION, reason)
                 return False
-            self.gone(oldest)
+            self._forget(oldest)
         account.peers.append(peer)
         self._sessions[peer] = Session(peer, account, now)
         return True
 
-    def gone(self, peer: bytes) -> None:
-        """A connection is no more, if it was known at all."""
-        if session := self._sessions.pop(peer, None):
-            session.account.peers.remove(peer)
-            if self._speaking.get(session.publisher.name) is session:
-                del self._speaking[session.publisher.name]
+    def _forget(self, peer: bytes) -> None:
+        session = self._sessions.pop(peer)
+        session.account.peers.remove(peer)
+        if self._speaking.get(session.publisher.name) is session:
+            del self._speaking[session.publisher.name]
 
     def connections(self) -> dict[str, int]:
         """How many connections of each principal are known."""
@@ -121,7 +119,7 @@ class Dispatch:
     def cut_off(self) -> None:
         """All connections are gone."""
         for peer in list(self._sessions):
-            self.gone(peer)
+            self._forget(peer)
 
     def bind(self, bounds: Mapping[str, Set[str]]) -> None:
         """From now on these principals may be in these federations only; all others in all."""

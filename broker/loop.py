@@ -7,9 +7,10 @@ peer at once is dropped: it is in the log, and the peer asks again.
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import structlog
@@ -18,22 +19,31 @@ import zmq
 from metisfl.broker import status
 from metisfl.broker.access import Subscriptions
 from metisfl.broker.dispatch import Dispatch, Effect, Forward, Read, Reply
+from metisfl.broker.doors import Doors
+from metisfl.broker.offences import Offence
+from metisfl.broker.reception import Mailbox
 from metisfl.broker.schema import DamagedLog, LogFull, StorageFull
 from metisfl.broker.sequencer import Batch
 from metisfl.broker.store import Store
 from metisfl.broker.writer import Writer
+from metisfl.deploy.handshakes import Monitors
+from metisfl.deploy.memory_guard import LOOK_S
 from metisfl.proto import frames
-from metisfl.proto.frames import Busy, Head, Header, Reject
+from metisfl.proto.enrolment import INVITED
+from metisfl.proto.envelope import INTEGER_MAX
+from metisfl.proto.frames import Ack, Busy, Head, Header
+from metisfl.proto.topics import HEADS
 
-__all__ = ["Loop", "Sockets"]
+__all__ = ["Loop"]
 
 DRAIN_MESSAGES: Final = 512
 HEAD_GAP_S: Final = 0.02  # between heads sent for new subscriptions
 DAMAGE_RETRY_MS: Final = 5000
+NOTHING: Final = Ack(0, 0)  # no publisher has the epoch 0
 LINES_PER_TICK: Final = 20
+HEARD_MAX: Final = 4096
 CALM_S: Final = 1.0  # a disk at its limit takes one batch and refuses the next
 
-Sockets = zmq.Socket[bytes]
 log = structlog.get_logger()
 
 
@@ -43,19 +53,22 @@ class Loop:
     def __init__(
         self,
         *,
-        ingress: Sockets,
-        live: Sockets,
+        doors: Doors,
         stop_descriptor: int,
         dispatch: Dispatch,
         store: Store,
         writer: Writer,
         incarnation: int,
+        insecure: bool = False,
     ) -> None:
-        self._ingress, self._live = ingress, live
+        """`insecure` is told to who asks how the broker is, and changes nothing here."""
+        self._insecure = insecure
+        self._doors = doors
         self._dispatch, self._sequencer = dispatch, dispatch.sequencer
         self._store, self._writer = store, writer
         self._incarnation = incarnation
         self._subscriptions = Subscriptions()
+        self.invited = Mailbox()
         self._reads: deque[Read] = deque()
         self._failure: StorageFull | None = None
         self._full_since_unix_ns = 0
@@ -64,11 +77,37 @@ class Loop:
         self._head_at = 0.0
         self._lines = 0
         self.dropped = 0
-        self._reading = True
+        self.cuts = 0
+        self.heard: Counter[str] = Counter()
+        """On how many connections of each principal a whole message came, since the start."""
+        self.on_look: Callable[[float], None] = lambda now: None
+        """Called at least each LOOK_S, with the steady clock's time."""
+        self._looked_at = 0.0
         self._poller = zmq.Poller()
+        self._monitors = Monitors(self._poller)
         self._poller.register(stop_descriptor, zmq.POLLIN)
-        for socket in (writer.signal, live, ingress):
+        self._poller.register(writer.signal, zmq.POLLIN)
+        self._take_up()
+
+    def cut_off(self, reason: str) -> None:
+        """Cut every connection; who is welcome is back at once. Raises MachineError."""
+        log.warning("all connections are cut; peers come back by themselves", reason=reason)
+        self.cuts += 1
+        self._monitors.close()
+        for socket in (self._live, self._ingress):
+            self._poller.unregister(socket)
+        self._doors.reopen(Head(self._incarnation, self._sequencer.durable_head))
+        self._dispatch.cut_off()
+        self._subscriptions = Subscriptions()
+        self._reads.clear()
+        self._take_up()
+
+    def _take_up(self) -> None:
+        self._ingress, self._live = self._doors.ingress, self._doors.live
+        self._reading = True
+        for socket in (self._live, self._ingress):
             self._poller.register(socket, zmq.POLLIN)
+        self._monitors.open(self._live, self._ingress)
 
     def turn(self, timeout_ms: int) -> None:
         """Wait for something to do, and do it."""
@@ -79,8 +118,9 @@ class Loop:
             timeout_ms = 0
         elif self._head_due:
             timeout_ms = min(timeout_ms, int(HEAD_GAP_S * 1000))
-        ready = dict(self._poller.poll(timeout_ms))
+        ready = dict(self._poller.poll(min(timeout_ms, int(LOOK_S * 1000))))
         now = time.monotonic()
+        self._monitors.drain(ready, now)
         if self._writer.signal in ready:
             self._take_outcomes(now)
         if self._live in ready:
@@ -93,23 +133,46 @@ class Loop:
             self._answer(self._reads.popleft())
         if self._head_due and now - self._head_at >= HEAD_GAP_S:
             self._send_head(now)
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self.on_look(now)
 
-    def tick(self) -> None:
-        """Tell subscribers how long the log is, and let cursors go to disk."""
+    def tick(self) -> list[Offence]:
+        """Tell subscribers how long the log is, and let cursors go to disk.
+
+        Returns who was refused what since the last time, which is logged already.
+        """
         now = time.monotonic()
         self._send_head(now)
         self._sequencer.cursors_due()
+        offences = [*self._dispatch.take_offences(), *self._strangers(now)]
+        for offence in offences:
+            times = f" ({offence.times} times)" if offence.times > 1 else ""
+            self._complain(f"{offence.cause} refused", offence.principal, offence.reason + times)
         if self._failure is not None and self._has_room(now):
             self._failure, self._full_since_unix_ns = None, 0
             log.info("events are stored again")
         if self._lines > LINES_PER_TICK:
             log.warning("more of the same was not logged", lines=self._lines - LINES_PER_TICK)
         self._lines = 0
+        return offences
 
     def finish(self) -> None:
         """Store what was handed to the writer and answer for it; take nothing more."""
+        self._monitors.close()
         self._writer.close()
         self._take_outcomes(time.monotonic())
+
+    def reply(self, messages: Iterable[tuple[bytes, Sequence[bytes]]]) -> None:
+        """Send each to its connection; what cannot be sent at once is dropped."""
+        for peer, parts in messages:
+            self._send(peer, parts)
+
+    def _strangers(self, now: float) -> list[Offence]:
+        told = self._monitors.told(now)
+        self._dispatch.offences.count(status.HANDSHAKE, sum(times for _, times in told))
+        reason = "it connects and shows no key"
+        return [Offence(address, status.HANDSHAKE, reason, times) for address, times in told]
 
     # ---- In ---------------------------------------------------------------------------
 
@@ -127,11 +190,14 @@ class Loop:
             else:
                 frame = ingress.recv(copy=False)
                 parts = self._rest(frame.bytes)
-                principal = str(frame.get("User-Id"))
-                if not dispatch.allows(principal):
-                    self._complain("message refused", principal, "is not listed any more")
+                user = str(frame.get("User-Id"))
+                if user in self.heard or len(self.heard) < HEARD_MAX:
+                    self.heard[user] += 1
+                if user.startswith(INVITED):
+                    self.invited.put(peer, user, parts)
                     continue
-                dispatch.connect(peer, principal, now)
+                if not dispatch.connect(peer, user, now, self._is_there):
+                    continue
             if effects := dispatch.handle(peer, parts, now):
                 self._perform(effects)
 
@@ -155,11 +221,13 @@ class Loop:
             kind, prefix = message[:1], message[1:]
             if kind == b"\x01":
                 principal = str(frame.get("User-Id"))
-                refusal = self._subscriptions.subscribe(principal, prefix)
-                if not self._dispatch.allows(principal):
-                    refusal = "is not listed any more"
+                lane = prefix.decode("ascii", errors="replace")
+                if prefix == HEADS or self._dispatch.may_be_in(principal, lane):
+                    refusal = self._subscriptions.subscribe(principal, prefix)
+                else:
+                    refusal = f"{principal} may not be in the federation of {lane[:80]!r}"
                 if refusal:
-                    self._complain("subscription refused", principal, refusal)
+                    self._dispatch.offences.add(principal, status.SUBSCRIPTION, refusal)
                 else:
                     self._live.setsockopt(zmq.SUBSCRIBE, prefix)
                     self._head_due = True  # the first thing that it hears for sure
@@ -174,8 +242,6 @@ class Loop:
                     self._stored_at = now
                 self._perform(self._dispatch.committed(outcome.batch))
                 self._publish(outcome.batch)
-                for refused in outcome.batch.refused:
-                    self._complain("event refused", refused.publisher, refused.reason)
             elif not isinstance(outcome.failure, StorageFull):
                 raise outcome.failure
             else:
@@ -203,12 +269,10 @@ class Loop:
             if isinstance(effect, Reply):
                 message = effect.message
                 if isinstance(message, frames.FetchedBatch):
-                    parts = frames.pack_batch(message.request, message.head, message.through, 0, ())
+                    head, through = message.head, message.through
+                    self._give(effect.peer, message.request, head, through, 0, ())
                 else:
-                    parts = frames.pack_reply(message)
-                    if isinstance(message, Reject) and message.code != frames.POISON:
-                        self._complain("message refused", effect.peer.hex(), message.reason)
-                self._send(effect.peer, parts)
+                    self._send(effect.peer, frames.pack_reply(message))
             elif isinstance(effect, Read):
                 self._reads.append(effect)
             elif isinstance(effect, Forward):
@@ -239,7 +303,10 @@ class Loop:
             )
         except DamagedLog as error:
             self._complain("fetch refused", read.peer.hex(), str(error))
-            parts = frames.pack_reply(Busy(DAMAGE_RETRY_MS, fetch.request, str(error)))
+            self._send(
+                read.peer, frames.pack_reply(Busy(DAMAGE_RETRY_MS, fetch.request, str(error)))
+            )
+            self._dispatch.answered(read.peer, 0, 0)
         else:
             flat: list[bytes] = []
             for record in records:
@@ -252,17 +319,43 @@ class Loop:
                     record.logged_unix_ns,
                 )
                 flat += (record.topic.encode(), frames.pack_header(header), record.envelope)
-            parts = frames.pack_batch(fetch.request, read.head, through, floor, flat)
-        self._send(read.peer, parts)
-        self._dispatch.answered(read.peer)
+            self._give(read.peer, fetch.request, read.head, through, floor, flat)
 
-    def _send(self, peer: bytes, parts: Sequence[bytes]) -> None:
+    def _give(
+        self,
+        peer: bytes,
+        request: int,
+        head: int,
+        through: int,
+        floor: int,
+        records: Sequence[bytes],
+    ) -> None:
+        """Answer a fetch; the receipt is what its reader alone learns, by reading the answer."""
+        receipt = 1 + secrets.randbelow(INTEGER_MAX)
+        parts = frames.pack_batch(request, head, through, floor, receipt, records)
+        sent = self._send(peer, parts)
+        self._dispatch.answered(peer, receipt, frames.memory_bytes(parts) if sent else 0)
+
+    def _send(self, peer: bytes, parts: Sequence[bytes]) -> bool:
+        """Hand it to the socket; False if the peer is slow or gone."""
         try:
             self._ingress.send_multipart([peer, *parts], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            self.dropped += 1  # slow or gone
+            self.dropped += 1
+            return False
+        return True
+
+    def _is_there(self, peer: bytes) -> bool:
+        """False if this connection has ended. It is asked with an answer that means nothing."""
+        try:
+            self._ingress.send_multipart([peer, *frames.pack_reply(NOTHING)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return error.errno == zmq.EAGAIN
+        return True
 
     def _status(self) -> status.BrokerStatus:
         dispatch, disk = self._dispatch, self._writer.disk
@@ -274,11 +367,14 @@ class Loop:
             log_limit_bytes=disk.log_limit_bytes,
             disk_free_bytes=disk.free_bytes,
             events_stored=dispatch.stored,
-            events_refused=dict(dispatch.refused),
+            events_refused=dict(dispatch.offences.events),
             full_since_unix_ns=self._full_since_unix_ns,
             full_reason=str(self._failure or ""),
             connections=dispatch.connections(),
             messages_dropped=self.dropped,
+            insecure=self._insecure,
+            requests_refused=dict(dispatch.offences.requests),
+            offenders=dict(dispatch.offences.offenders),
         )
 
     def _send_head(self, now: float) -> None:

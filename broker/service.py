@@ -18,15 +18,20 @@ import structlog
 import zmq
 
 from metisfl import __version__
+from metisfl.broker.announcer import Announcer
 from metisfl.broker.dispatch import Dispatch
+from metisfl.broker.doors import Context, Doors
+from metisfl.broker.gate import Gate
 from metisfl.broker.loop import Loop
 from metisfl.broker.retention import KEEP_DAYS, LOG_LIMIT_BYTES, Limits
 from metisfl.broker.store import Store
 from metisfl.broker.writer import Writer
 from metisfl.deploy import logs, run
+from metisfl.deploy.audit import AUDIT_FILE, Audit
 from metisfl.deploy.ckks_keys import refuse_secret_parts
-from metisfl.deploy.curve import Authenticator, secure_server, self_test
-from metisfl.deploy.keys import PEERS_FILE, Identity, load_identity, load_peers
+from metisfl.deploy.curve import Authenticator, Insecure, guard_server, self_test
+from metisfl.deploy.insecure import Shout, add_insecure
+from metisfl.deploy.keys import Identity, load_identity
 from metisfl.deploy.options import (
     INGRESS,
     LIVE,
@@ -36,22 +41,17 @@ from metisfl.deploy.options import (
     size,
     whole_number,
 )
+from metisfl.deploy.registry import Watch
 from metisfl.proto.errors import MachineError, UserError
-from metisfl.proto.frames import MESSAGE_BYTES_MAX, Head, pack_head
+from metisfl.proto.frames import Head
 
 NAME: Final = "metisfl-broker"
 SOFTWARE: Final = f"metisfl {__version__}"
 TICK_S: Final = 1.0
 SELF_TEST_S: Final = 5.0
-BACKLOG: Final = 1024
-INGRESS_RECEIVE_HWM: Final = 512
-INGRESS_SEND_HWM: Final = 256
-LIVE_SEND_HWM: Final = 2048
-SUBSCRIPTION_MESSAGE_BYTES_MAX: Final = 512
-REFUSED_KEYS_TOLD_MAX: Final = 1024
+MEMORY_LIMIT_BYTES: Final = 768 * 1024**2  # the unit lets it have 1 GiB
 LOG_FOLDER: Final = "log"
 
-Context = zmq.Context[zmq.Socket[bytes]]
 log = structlog.get_logger()
 
 
@@ -62,81 +62,104 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(
-    home: Path, ingress: str, live: str, stop: run.PollableStop, limits: Limits | None = None
+    home: Path,
+    ingress: str,
+    live: str,
+    stop: run.PollableStop,
+    limits: Limits | None = None,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    *,
+    insecure: bool = False,
 ) -> None:
     """Serve until `stop`. Raises MetisError if that cannot begin or go on."""
     refuse_secret_parts("the broker", [home, home / "keys", home / LOG_FOLDER])
-    identity = load_identity(home / "keys")
-    if identity.principal != "broker":
-        raise UserError(
-            f"{home / 'keys'} holds the key of {identity.principal!r}: a broker's home has a key "
-            "made with `metisfl keys identity broker`"
-        )
-    peers = _Peers(home / "keys")
+    identity = Insecure() if insecure else _identity(home / "keys")
+    watch = None if insecure else Watch(home / "keys")
     incarnation = time.time_ns()
     with ExitStack() as stack:
         store = Store(home / LOG_FOLDER, limits)
         stack.callback(store.close)
         recovered = store.reader.recovered()
+        audit = Audit(home / AUDIT_FILE)
+        stack.callback(audit.close)
         context: Context = zmq.Context()
         stack.callback(context.destroy, linger=0)
-        authenticator = Authenticator(context, peers.known)
+        listed = {} if watch is None else watch.registry.keys
+        authenticator = Authenticator(context, listed, insecure=insecure)
         authenticator.start()
         stack.callback(authenticator.stop)
-        ingress_socket = _ingress_socket(context, identity)
-        live_socket = _live_socket(context, identity, Head(incarnation, recovered.head))
-        bound = []
-        for socket, endpoint, flag in (
-            (ingress_socket, ingress, "--ingress"),
-            (live_socket, live, "--live"),
-        ):
-            stack.callback(socket.close, linger=0)
-            bound.append(_bind(socket, endpoint, flag))
-        for endpoint, socket_type in zip(bound, (zmq.DEALER, zmq.SUB), strict=True):
-            self_test(context, endpoint, identity.public, SELF_TEST_S, socket_type)
+        doors = Doors(
+            context,
+            lambda socket: guard_server(socket, identity),
+            ingress=ingress,
+            live=live,
+            head=Head(incarnation, recovered.head),
+        )
+        stack.callback(doors.close)
+        if isinstance(identity, Identity):
+            for endpoint, kind in (
+                (doors.ingress_endpoint, zmq.DEALER),
+                (doors.live_endpoint, zmq.SUB),
+            ):
+                self_test(context, endpoint, identity.public, SELF_TEST_S, kind)
         authenticator.take_refusals()
         writer = Writer(store, context)
         stack.callback(writer.close)
         dispatch = Dispatch(recovered, incarnation=incarnation, software=SOFTWARE)
         loop = Loop(
-            ingress=ingress_socket,
-            live=live_socket,
+            doors=doors,
             stop_descriptor=stop.fileno(),
             dispatch=dispatch,
             store=store,
             writer=writer,
             incarnation=incarnation,
+            insecure=insecure,
         )
+        announcer = Announcer(home, dispatch.sequencer, incarnation)
+        gate = Gate(watch, authenticator, dispatch, loop, announcer, audit, memory_limit_bytes)
+        if isinstance(identity, Identity):
+            gate.receive(home / "keys", identity.public)
+            gate.record("started", software=SOFTWARE, public=identity.public.decode())
+        else:
+            gate.record("started insecure", software=SOFTWARE)
         run.ready()
-        log.info("serving", ingress=bound[0], live=bound[1], events=recovered.head)
-        _turn_until(stop, loop, dispatch, writer, authenticator, peers)
+        log.info(
+            "serving",
+            ingress=doors.ingress_endpoint,
+            live=doors.live_endpoint,
+            events=recovered.head,
+        )
+        _turn_until(stop, loop, writer, gate, Shout() if insecure else None)
         loop.finish()
+        gate.finish()
         log.info("ended", events=dispatch.sequencer.durable_head)
 
 
+def _identity(folder: Path) -> Identity:
+    identity = load_identity(folder)
+    if identity.principal != "broker":
+        raise UserError(
+            f"{folder} holds the key of {identity.principal!r}: a broker's home has a key "
+            "made with `metisfl keys identity broker`"
+        )
+    return identity
+
+
 def _turn_until(
-    stop: run.PollableStop,
-    loop: Loop,
-    dispatch: Dispatch,
-    writer: Writer,
-    authenticator: Authenticator,
-    peers: _Peers,
+    stop: run.PollableStop, loop: Loop, writer: Writer, gate: Gate, shout: Shout | None
 ) -> None:
     watchdog_s = run.watchdog_interval_s()
     next_tick = next_watchdog = time.monotonic()
-    refused = _RefusedKeys()
     while not stop.requested:
         now = time.monotonic()
         if now >= next_tick:
             next_tick = now + TICK_S
-            loop.tick()
-            if not (authenticator.is_alive() and writer.is_alive()):
-                raise MachineError("a thread of the broker has died; see the log before this line")
-            if peers.changed():
-                authenticator.replace(peers.known)
-                dispatch.keep_only(set(peers.known.values()))
-                log.info("list of peers read again", peers=len(peers.known))
-            refused.tell(authenticator)
+            if shout is not None:
+                shout.tick(now)
+            if not writer.is_alive():
+                raise MachineError("the broker's writer has died; see the log before this line")
+            gate.tick()
+            gate.note(loop.tick())
         if watchdog_s is not None and now >= next_watchdog:
             next_watchdog = now + watchdog_s
             run.watchdog()
@@ -144,91 +167,6 @@ def _turn_until(
         if watchdog_s is not None:
             wait_s = min(wait_s, next_watchdog - now)
         loop.turn(int(wait_s * 1000) + 1)
-
-
-class _Peers:
-    """The list of peers, read again when the file changes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._seen = self._version()
-        self.known = load_peers(folder)
-
-    def changed(self) -> bool:
-        """Look; True if `known` is a new list. A list that cannot be read leaves the old one."""
-        if (version := self._version()) == self._seen:
-            return False
-        self._seen = version
-        try:
-            self.known = load_peers(self._folder)
-        except UserError as error:
-            log.error("the list of peers stays as it was", reason=str(error))
-            return False
-        return True
-
-    def _version(self) -> tuple[int, int, int]:
-        try:
-            status = (self._folder / PEERS_FILE).stat()
-        except OSError:
-            return (0, 0, 0)
-        return (status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-class _RefusedKeys:
-    """Each unknown key is logged once, however often it knocks."""
-
-    def __init__(self) -> None:
-        self._told: set[bytes] = set()
-
-    def tell(self, authenticator: Authenticator) -> None:
-        for refusal in authenticator.take_refusals():
-            if refusal.public in self._told or len(self._told) >= REFUSED_KEYS_TOLD_MAX:
-                continue
-            self._told.add(refusal.public)
-            log.warning(
-                "connection refused",
-                public=refusal.public.decode(),
-                address=refusal.address,
-                reason=refusal.reason,
-            )
-
-
-def _ingress_socket(context: Context, identity: Identity) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.ROUTER)
-    secure_server(socket, identity)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
-    socket.rcvhwm, socket.sndhwm = INGRESS_RECEIVE_HWM, INGRESS_SEND_HWM
-    return socket
-
-
-def _live_socket(context: Context, identity: Identity, head: Head) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.XPUB)
-    secure_server(socket, identity)
-    socket.setsockopt(zmq.XPUB_MANUAL, 1)
-    socket.setsockopt(zmq.XPUB_WELCOME_MSG, b"".join(pack_head(head)))
-    socket.setsockopt(zmq.MAXMSGSIZE, SUBSCRIPTION_MESSAGE_BYTES_MAX)
-    socket.sndhwm = LIVE_SEND_HWM
-    return socket
-
-
-def _bind(socket: zmq.Socket[bytes], endpoint: str, flag: str) -> str:
-    """Bind and return the endpoint with its port."""
-    socket.setsockopt(zmq.BACKLOG, BACKLOG)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        if error.errno in (zmq.EADDRINUSE, zmq.EADDRNOTAVAIL):
-            raise MachineError(
-                f"{endpoint} cannot be bound: {error.strerror}. Another process may have it "
-                f"(`ss -ltnp` shows which); end that one or choose another endpoint with {flag}"
-            ) from None
-        raise UserError(
-            f"{flag} {endpoint!r} cannot be bound: {error.strerror}; use tcp://ADDRESS:PORT"
-        ) from None
-    found = socket.get(zmq.LAST_ENDPOINT)
-    assert isinstance(found, bytes), found
-    return found.decode().rstrip("\0")
 
 
 def _check(home: Path) -> int:
@@ -270,6 +208,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         default=str(KEEP_DAYS),
         type=whole_number(1, 36_500),
     )
+    add_option(
+        parser,
+        "memory-limit",
+        help="memory beyond which all connections are cut and begin anew",
+        default=f"{MEMORY_LIMIT_BYTES // 1024**2}MiB",
+        type=size,
+    )
+    add_insecure(parser)
     parser.add_argument(
         "--check", action="store_true", help="read the whole log, tell whether it is whole, end"
     )
@@ -289,7 +235,15 @@ def _main(options: argparse.Namespace, stop: run.PollableStop) -> int:
     if options.give_up:
         return _give_up(Path(options.home), options.give_up)
     limits = Limits.of(options.log_limit, options.keep_days)
-    serve(Path(options.home), options.ingress, options.live, stop, limits)
+    serve(
+        Path(options.home),
+        options.ingress,
+        options.live,
+        stop,
+        limits,
+        options.memory_limit,
+        insecure=options.insecure,
+    )
     return 0
 
 

@@ -55,10 +55,14 @@ HELD: Final = "fetch_held"
 BEAT: Final = "beat"
 STATUS: Final = "status"
 MALFORMED: Final = "malformed"
-REQUEST_REFUSALS: Final = (CONNECTION, SUBSCRIPTION, LANE, HELD, BEAT, STATUS, MALFORMED)
+HANDSHAKE: Final = "handshake"
+REQUEST_REFUSALS: Final = (
+    *(CONNECTION, SUBSCRIPTION, LANE, HELD, BEAT, STATUS, MALFORMED),
+    HANDSHAKE,
+)
 """What else was refused: a connection or hello too many or of another protocol, a subscription, a
-lane that is not the reader's, a fetch that was put off, a beat, a question for the status, and what
-is not understood."""
+lane that is not the reader's, a fetch that was put off, a beat, a question for the status, what
+is not understood, and whoever came without a known key."""
 
 REFUSALS: Final = frozenset({*EVENT_REFUSALS, *REQUEST_REFUSALS})
 
@@ -69,7 +73,7 @@ class BrokerStatus:
 
     Counts are since the broker's start; sizes are at most about a second old.
 
-    `connections`: known ones of each principal. One that ended counts until that is noticed.
+    `connections`: known ones of each principal. One that ended counts until its place is needed.
     `events_refused` and `requests_refused`: by cause, see EVENT_REFUSALS and REQUEST_REFUSALS.
     `offenders`: how often each of those was refused that were refused most, at most 64.
     """

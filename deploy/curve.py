@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock, Thread
@@ -46,6 +46,7 @@ ZAP_VERSION = b"1.0"
 ZAP_DOMAIN = b"metisfl"  # compared literally, on both sides: there is no wildcard
 ZAP_DOMAIN_INVITED = b"metisfl-invited"  # of the one socket that has an answer for an invitation
 REFUSALS_KEPT = 64
+LET_IN_KEPT = 4096
 HANDSHAKE_MS = 5000
 _NOBODY: Mapping[bytes, str] = MappingProxyType({})
 SELF_TEST_EVENTS = (
@@ -89,6 +90,10 @@ class Authenticator:
         self._context = zmq.Context(context)  # a shadow: plain sockets even from an asyncio context
         self._lock = Lock()
         self._refused_total = 0
+        self._let_in: dict[bytes, Counter[str]] = {
+            ZAP_DOMAIN: Counter(),
+            ZAP_DOMAIN_INVITED: Counter(),
+        }
         self._refusals: deque[Refusal] = deque(maxlen=REFUSALS_KEPT)
         self._thread: Thread | None = None
         self._stop_endpoint = f"inproc://authenticator-{id(self)}"
@@ -98,6 +103,15 @@ class Authenticator:
     def refused_total(self) -> int:
         """Handshakes refused since the start; a daemon's own `self_test` counts as one."""
         return self._refused_total
+
+    def let_in(self, *, with_invited: bool = False) -> dict[str, int]:
+        """How many connections of each principal were let in since the start.
+
+        `with_invited`: by the sockets that `let_invited_in` was called for, else by the others. Of
+        the principals the first 4096 are told.
+        """
+        with self._lock:
+            return dict(self._let_in[ZAP_DOMAIN_INVITED if with_invited else ZAP_DOMAIN])
 
     def take_refusals(self) -> list[Refusal]:
         """Return the latest refusals (at most 64) that were not taken before, for the log."""
@@ -181,6 +195,7 @@ class Authenticator:
         request_id = request[3] if len(request) > 3 else b""
         head = [*request[:1], b"", ZAP_VERSION, request_id]
         if principal:
+            self._note(request[4], principal.decode())
             return [*head, b"200", b"OK", principal, b""]
         address = request[5].decode(errors="replace") if len(request) > 5 else ""
         with self._lock:
@@ -188,6 +203,12 @@ class Authenticator:
             public = z85.encode(key) if len(key) == 32 else b""
             self._refusals.append(Refusal(public, address, reason))
         return [*head, b"400", reason.encode(), b"", b""]
+
+    def _note(self, domain: bytes, principal: str) -> None:
+        let_in = self._let_in[domain]
+        with self._lock:
+            if principal in let_in or len(let_in) < LET_IN_KEPT:
+                let_in[principal] += 1
 
     def _known(self, mechanism: bytes, credentials: list[bytes]) -> tuple[bytes, str]:
         """The principal of the key, or why it is refused."""

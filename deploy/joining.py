@@ -33,6 +33,8 @@ __all__ = ["Joining"]
 ASK_AGAIN_S: Final = 2.0
 UNREACHABLE_S: Final = 5.0  # told then; it goes on
 STRANGER_S: Final = 5.0  # a broker that is just starting gets so long
+NEW_CODE_S: Final = 3.0  # a broker looks for new invitations once a second, and reads them then
+KNOCK_AGAIN_S: Final = 0.5
 CONTROLLER_S: Final = 2.0
 
 
@@ -77,6 +79,12 @@ class Joining:
 
     def _ask(self) -> bool:
         """Ask until the operator has decided. False: the code's key opens nothing (any more)."""
+        until = time.monotonic() + NEW_CODE_S
+        while not (admitted := self._ask_at_the_door()) and time.monotonic() < until:
+            pass  # that door has waited a moment before it closed
+        return admitted
+
+    def _ask_at_the_door(self) -> bool:
         public, secret = self._code.key_pair()
         question = pack_ask(Ask(public, self._identity.public))
         with self._knock(public, secret) as knock:
@@ -84,6 +92,7 @@ class Joining:
             while True:
                 heard = knock.wait(self._time_left(ASK_AGAIN_S))
                 if heard is Sign.REFUSED:
+                    knock.wait(KNOCK_AGAIN_S)
                     return False
                 if isinstance(heard, list):
                     patience.answered()

@@ -1,20 +1,45 @@
-"""How much memory a process used at most since a moment.
+"""How much memory a process holds, and how much one used at most since a moment.
 
-Rule: the kernel counts, nothing is sampled: VmHWM is the largest resident set there ever was (code,
-data and mapped files together), and writing 5 to clear_refs makes it begin anew. Where the kernel
-refuses that, the figure holds the process's start, too: then it is too large, never too small.
+What this process holds is what it has allocated (RssAnon): pages of files that it reads or maps are
+the kernel's to take back, and do not count.
+
+Rule of the peak: the kernel counts, nothing is sampled. VmHWM is the largest resident set there
+ever was (code, data and mapped files together), and writing 5 to clear_refs makes it begin anew.
+Where the kernel refuses that, the figure holds the process's start, too: then it is too large,
+never too small.
 """
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import suppress
 from pathlib import Path
 
 from metisfl.proto.errors import MachineError
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "give_back", "held_bytes"]
 
 RESET_PEAK = "5"
+
+
+def held_bytes() -> int:
+    """What this process has allocated and uses; 0 where no /proc tells (other systems than Linux).
+
+    Takes about 40 us.
+    """
+    try:
+        data = Path("/proc/self/status").read_bytes()
+    except OSError:
+        return 0
+    _, _, rest = data.partition(b"RssAnon:")
+    return int(rest.split(maxsplit=1)[0]) * 1024 if rest else 0
+
+
+def give_back() -> None:
+    """Return to the system what was freed and the C library still keeps, where it can do that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:

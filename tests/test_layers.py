@@ -31,9 +31,13 @@ MAY_IMPORT = {
 PURE = (
     "broker.access",
     "broker.dispatch",
+    "broker.effects",
+    "broker.enrolment",
     "broker.lane",
+    "broker.offences",
     "broker.retention",
     "broker.sequencer",
+    "broker.session",
     "broker.status",
     "broker.window",
     "controller.answers",
@@ -49,6 +53,8 @@ PURE = (
     "controller.snapshot",
     "controller.state",
     "controller.status",
+    "deploy.audit_line",
+    "deploy.audit_refusals",
     "deploy.restarts",
     "deploy.view",
     "learner.task",
@@ -58,19 +64,34 @@ PURE = (
     "proto.ckks",
     "proto.ckks_key",
     "proto.credit",
+    "proto.enrolment",
     "proto.envelope",
     "proto.errors",
     "proto.events",
+    "proto.frame_parts",
     "proto.frames",
     "proto.limits",
+    "proto.live_frames",
     "proto.records",
     "proto.topics",
 )
 PURE_LIBRARIES = (
     *("__future__", "abc", "base64", "binascii", "bisect", "collections", "contextlib", "copy"),
-    *("dataclasses", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "hmac"),
-    *("itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib"),
-    *("google.protobuf", "msgpack", "numpy"),
+    *("dataclasses", "decimal", "enum", "errno", "fractions", "functools", "hashlib", "heapq"),
+    *(
+        "hmac",
+        "itertools",
+        "json",
+        "math",
+        "operator",
+        "re",
+        "string",
+        "struct",
+        "types",
+        "typing",
+        "zlib",
+    ),
+    *("google.protobuf", "msgpack", "numpy", "zmq.utils.z85"),
 )
 IMPURE_BUILTINS = frozenset({"breakpoint", "exec", "eval", "input", "open", "print"})
 
@@ -79,9 +100,11 @@ IMPURE_BUILTINS = frozenset({"breakpoint", "exec", "eval", "input", "open", "pri
 CLIENT = "broker.client"
 BEHIND_CLIENT = (
     "broker.client",
+    "broker.credentials",
     "broker.feed",
     "broker.link",
     "broker.outbox",
+    "broker.trouble",
     "broker.waiters",
 )
 

@@ -19,7 +19,8 @@ from metisfl.broker.client import BrokerClient, ClientKeys, Outbox, Rejected
 from metisfl.broker.dispatch import Dispatch, Reply
 from metisfl.broker.sequencer import Append, Batch, Recovered
 from metisfl.deploy.curve import secure_client
-from metisfl.deploy.keys import Identity, add_peer, create_identity
+from metisfl.deploy.keys import Identity, create_identity
+from metisfl.deploy.registry import Peer, admit
 from metisfl.proto import frames
 from metisfl.proto.envelope import parse_envelope
 from metisfl.proto.events_pb2 import Envelope, Hello, TaskFailed
@@ -69,15 +70,19 @@ class BrokerProcess:
         return self._said.read_text()
 
     def log(self, federation: str) -> list[tuple[str, int]]:
-        """(publisher, its sequence) of all that is on disk in a federation, in order."""
+        """(publisher, its sequence) of what others have on disk in a federation, in order."""
+        events = self.events(federation)
+        return [(one.publisher, one.sequence) for one in events if one.publisher != "broker"]
+
+    def events(self, federation: str) -> list[Envelope]:
+        """All that is on disk in a federation, in order."""
         with closing(sqlite3.connect(self.home / "log" / "events.db")) as database:
             rows = database.execute(
                 "select envelope from event join federation on federation.id = event.federation"
                 " where federation.name = ? order by sequence",
                 (f"{federation}/",),
             ).fetchall()
-        envelopes = [parse_envelope(row[0]) for row in rows]
-        return [(envelope.publisher, envelope.sequence) for envelope in envelopes]
+        return [parse_envelope(row[0]) for row in rows]
 
 
 class Site:
@@ -134,7 +139,7 @@ class Site:
     def greeted(self, sockets: Sockets) -> zmq.Socket[bytes]:
         """A bare DEALER that the broker has welcomed."""
         dealer = self.raw(sockets, zmq.DEALER)
-        hello = Hello(protocol=1, software="raw", epoch=self.outbox.epoch)
+        hello = Hello(protocol=frames.PROTOCOL, software="raw", epoch=self.outbox.epoch)
         dealer.send_multipart(frames.pack_hello(hello))
         assert dealer.recv_multipart()[0] == frames.WELCOME
         return dealer
@@ -151,7 +156,7 @@ class Sites:
         folder = self._folder / principal.replace(":", "-")
         identity = create_identity(folder, principal)
         if known:
-            add_peer(self._broker.keys, principal, identity.public)
+            admit(self._broker.keys, Peer(principal, identity.public))
         self._made.append(Site(folder, identity, self._broker))
         return self._made[-1]
 
@@ -247,6 +252,8 @@ class Desk:
         self.dispatch = Dispatch(recovered or Recovered(), incarnation=9, software="broker")
         self.log: list[Append] = []
         self.now = 100.0
+        self.receipts = 0
+        self.ended: set[bytes] = set()  # connections that are not there any more
 
     @staticmethod
     def envelope(publisher: str, epoch: int, sequence: int, **fields: object) -> bytes:
@@ -271,14 +278,22 @@ class Desk:
     def hello(self, principal: str, epoch: int = 1, peer: bytes = b"") -> list[frames.Reply]:
         peer = peer or principal.encode()
         if not self.dispatch.knows(peer):
-            self.dispatch.connect(peer, principal, self.now)
+            assert self.connect(peer, principal)
         hello = Hello(protocol=frames.PROTOCOL, software="test", epoch=epoch)
         return self.send(peer, frames.pack_hello(hello))
 
+    def connect(self, peer: bytes, principal: str) -> bool:
+        return self.dispatch.connect(peer, principal, self.now, lambda one: one not in self.ended)
+
     def send(self, peer: str | bytes, parts: list[bytes]) -> list[frames.Reply]:
+        """What `peer` is told. An answer to a fetch comes as it is, and gets the next receipt."""
         peer = peer.encode() if isinstance(peer, str) else peer
         effects = self.dispatch.handle(peer, parts, self.now)
         assert all(isinstance(e, Reply) and e.peer == peer for e in effects), effects
+        for effect in effects:
+            if isinstance(effect, Reply) and isinstance(effect.message, frames.FetchedBatch):
+                self.receipts += 1
+                self.dispatch.answered(peer, self.receipts, 100)
         return [effect.message for effect in effects if isinstance(effect, Reply)]
 
     def publish(self, principal: str, *sequences: int, epoch: int = 1) -> list[frames.Reply]:

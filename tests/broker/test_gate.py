@@ -134,4 +134,32 @@ def test_a_message_without_an_end_costs_bounded_memory(
     until_said(broker, "over 157286400")
     still_serves(other, "f/done/other/", sockets)
     (line,) = [one for one in facts(broker) if one["what"] == "memory limit"]
-    assert line["facts"]["resident_bytes"] < 600 << 20
+    assert line["facts"]["who"] == "learner:endless", "who never completed a message is suspected"
+    assert line["facts"]["held_bytes"] < (150 + 96) << 20, "the limit, and what comes in a look"
+
+
+def test_a_second_message_without_an_end_is_cut_off_as_the_first_was(
+    broker: Any, site: Any, sockets: Any
+) -> None:
+    """A cut that helped does not make the broker look away from who comes again at once."""
+    endless, other = site("learner:endless"), site("learner:other")
+    broker.options += ["--memory-limit", "150MiB"]
+    broker.start()
+    for _ in range(3):
+        wire, sent = back_again(broker, endless), 0
+        with suppress(OSError):
+            while sent < 1 << 30:
+                wire.part(bytes(200_000), more=True)
+                sent += 200_000
+        wire.close()
+        assert sent < 400 << 20, f"{sent} bytes were taken"
+    still_serves(other, "f/done/other/", sockets)
+
+
+def back_again(broker: Any, who: Any) -> RawCurve:
+    """Shake hands by hand, as soon as the broker listens again."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        with suppress(OSError, AssertionError):  # hung up in the middle of the handshake
+            return RawCurve(broker.ingress, who.identity, broker.identity.public)
+    raise AssertionError("the broker does not listen any more")

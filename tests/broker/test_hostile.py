@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -10,9 +12,11 @@ from typing import Any
 
 import pytest
 import zmq
+from raw_curve import RawCurve
 from raw_ingress import answer, envelope, publish, still_serves
 from zmq.utils.monitor import parse_monitor_message
 
+from metisfl.broker import status
 from metisfl.deploy.curve import secure_client
 from metisfl.deploy.keys import Identity
 from metisfl.proto import frames
@@ -58,6 +62,23 @@ def test_a_forged_publisher_is_refused(shared: Any, sockets: Any) -> None:
     assert shared.broker.log(f) == [(victim.identity.principal, 1)]
 
 
+def test_the_audit_log_names_who_forged_and_whom(broker: Any, site: Any, sockets: Any) -> None:
+    forger, victim = site("learner:forger"), site("learner:victim")
+    broker.start()
+    dealer = forger.greeted(sockets)
+    dealer.send_multipart(publish(envelope("learner:victim", 1, "f/done/victim/")))
+    assert isinstance(answer(dealer), Reject)
+    broker.end(signal.SIGTERM)
+    (line,) = [one for one in audited(broker) if one["what"] == "forged refused"]
+    assert line["facts"]["who"] == "learner:forger"
+    assert "learner:victim" in line["facts"]["reason"]
+    assert victim.identity.principal == "learner:victim"
+
+
+def audited(broker: Any) -> list[Any]:
+    return [json.loads(line) for line in (broker.home / "audit.jsonl").read_text().splitlines()]
+
+
 def test_a_topic_of_another_is_refused(shared: Any, sockets: Any) -> None:
     learner, f = shared.learner(), shared.federation()
     dealer = learner.greeted(sockets)
@@ -75,8 +96,8 @@ def test_a_topic_of_another_is_refused(shared: Any, sockets: Any) -> None:
         [b"P"],
         [b"P", bytes(4), b"no protobuf \xff\xff"],
         publish(b"no protobuf \xff\xff"),
-        [b"F", bytes(15), b"f/"],
-        [b"F", bytes(16), b"\xff" * 200],
+        [b"F", bytes(23), b"f/"],
+        [b"F", bytes(24), b"\xff" * 200],
         [b"Z", b"unknown"],
         [b"B", b"f/done/other/", b"Progress", b""],
         [os.urandom(20) for _ in range(40)],
@@ -118,6 +139,42 @@ def test_bytes_that_are_no_zeromq_are_cut_off(shared: Any, sockets: Any) -> None
                 while plain.recv(4096):
                     pass  # its greeting; then it hangs up
     still_serves(learner, f"{f}/done/{learner.name}/", sockets)
+
+
+def test_who_says_nothing_is_counted_and_named_by_address(
+    broker: Any, site: Any, sockets: Any
+) -> None:
+    driver = site("driver:d")
+    broker.start()
+    silent = []
+    for endpoint in (broker.ingress, broker.live):
+        host, port = endpoint.removeprefix("tcp://").split(":")
+        silent.append(socket.create_connection((host, int(port)), PATIENCE_S))
+    dealer = driver.greeted(sockets)
+    deadline = time.monotonic() + PATIENCE_S
+    while "handshake refused" not in broker.said():
+        assert time.monotonic() < deadline, "the operator is not told of who shows no key"
+    for one in silent:
+        one.close()
+    stranger = Identity("learner:stranger", *zmq.curve_keypair())
+    with pytest.raises(AssertionError, match=r"not let in|hung up"):
+        RawCurve(broker.ingress, stranger, broker.identity.public)
+    while (refused := asked(dealer).requests_refused["handshake"]) < 3:
+        assert time.monotonic() < deadline, f"{refused} of 3 are counted: 2 silent, 1 unknown key"
+    broker.end(signal.SIGTERM)
+    assert refused == 3, "who is refused, or gets in, is counted twice"
+    lines = [one for one in audited(broker) if one["what"] == "handshake refused"]
+    assert {one["facts"]["who"] for one in lines} == {"127.0.0.1"}
+
+
+def asked(dealer: Any) -> status.BrokerStatus:
+    """What the broker tells of itself; too many questions a second have no answer."""
+    while True:
+        dealer.send_multipart([frames.STATUS])
+        if dealer.poll(300):
+            reply = answer(dealer)
+            assert isinstance(reply, frames.StatusAnswer), reply
+            return status.parse_status(reply.body)
 
 
 def test_a_plain_zeromq_peer_is_not_let_in(shared: Any, sockets: Any) -> None:
@@ -199,23 +256,3 @@ def test_a_flood_of_beats_is_thinned_out(shared: Any, sockets: Any) -> None:
     for _ in range(5000):
         dealer.send_multipart(beat)
     still_serves(learner, f"{f}/done/{learner.name}/", sockets)
-
-
-def test_who_is_taken_off_the_list_is_not_heard_any_more(
-    broker: Any, site: Any, sockets: Any
-) -> None:
-    revoked, other = site("learner:gone"), site("learner:other")
-    broker.start()
-    dealer = revoked.greeted(sockets)
-    peers = broker.keys / "peers"
-    lines = peers.read_text().splitlines(keepends=True)
-    peers.write_text("".join(line for line in lines if "learner:gone" not in line))
-    deadline = time.monotonic() + PATIENCE_S
-    while "list of peers read again" not in broker.said():
-        assert time.monotonic() < deadline, "the list was not read again"
-    dealer.send_multipart(publish(envelope("learner:gone", 1, "f/done/gone/")))
-    still_serves(other, "f/done/other/", sockets)
-    deadline = time.monotonic() + PATIENCE_S
-    while "is not listed any more" not in broker.said():
-        assert time.monotonic() < deadline, "the refusal was not told"
-    assert broker.log("f") == [("learner:other", 1)]

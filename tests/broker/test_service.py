@@ -18,6 +18,8 @@ import zmq
 from raw_ingress import answer, envelope, publish, still_serves
 
 from metisfl.broker import service
+from metisfl.broker.doors import Context, Doors
+from metisfl.deploy.curve import secure_server
 from metisfl.deploy.keys import Identity
 from metisfl.proto import frames
 from metisfl.proto.frames import (
@@ -64,7 +66,10 @@ def test_a_record_is_the_same_live_and_fetched(shared: Any, sockets: Any) -> Non
     reader = shared.controller.greeted(sockets)
     reader.send_multipart(frames.pack_fetch(Fetch(5, 0, 256, f"{f}/")))
     sequence = record.header.sequence
-    assert answer(reader) == FetchedBatch(5, sequence, sequence, 0, (record,))
+    fetched = answer(reader)
+    assert isinstance(fetched, FetchedBatch)
+    assert fetched.receipt
+    assert fetched == FetchedBatch(5, sequence, sequence, 0, (record,), fetched.receipt)
 
 
 def test_a_new_connection_is_asked_to_say_hello(shared: Any, sockets: Any) -> None:
@@ -86,10 +91,12 @@ def test_cursors_are_stored_for_the_operator(shared: Any, sockets: Any) -> None:
     with closing(sqlite3.connect(shared.broker.home / "log" / "events.db")) as database:
         deadline = time.monotonic() + PATIENCE_S
         rows: list[Any] = []
+        receipt = 0
         while not rows:
             assert time.monotonic() < deadline, "the cursor never came to the disk"
-            dealer.send_multipart(frames.pack_fetch(Fetch(1, 0, 1, topic)))
-            assert isinstance(answer(dealer), FetchedBatch)  # a turn of the broker's loop
+            dealer.send_multipart(frames.pack_fetch(Fetch(1, 0, 1, topic, receipt)))
+            fetched = answer(dealer)  # a turn of the broker's loop
+            receipt = fetched.receipt if isinstance(fetched, FetchedBatch) else receipt
             rows = database.execute(
                 "select reader, sequence from cursor where lane = ?", (topic,)
             ).fetchall()
@@ -221,8 +228,8 @@ def test_nobody_is_let_in_when_the_authenticator_is_dead(
 class Absent:
     """An authenticator that was never there."""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, *_: object, insecure: bool) -> None:
+        assert not insecure
 
     def start(self) -> None:
         pass
@@ -243,12 +250,19 @@ def stop() -> Iterator[Any]:
     stop.close()
 
 
-def test_no_socket_of_the_broker_has_heartbeats_and_all_have_bounds(sockets: Any) -> None:
+def test_no_socket_of_the_broker_has_heartbeats_and_all_have_bounds() -> None:
     identity = Identity("broker", *zmq.curve_keypair())
-    for socket_ in (
-        service._ingress_socket(sockets, identity),
-        service._live_socket(sockets, identity, Head(1, 0)),
-    ):
+    context: Context = zmq.Context()
+    anywhere = "tcp://127.0.0.1:0"
+    doors = Doors(
+        context,
+        lambda socket: secure_server(socket, identity),
+        ingress=anywhere,
+        live=anywhere,
+        head=Head(1, 0),
+    )
+    doors.reopen(Head(1, 0))
+    for socket_ in (doors.ingress, doors.live):
         assert socket_.getsockopt(zmq.HEARTBEAT_IVL) == 0
         assert socket_.getsockopt(zmq.HEARTBEAT_TTL) == 0
         assert socket_.linger == 0
@@ -259,6 +273,7 @@ def test_no_socket_of_the_broker_has_heartbeats_and_all_have_bounds(sockets: Any
         assert socket_.getsockopt(zmq.HANDSHAKE_IVL) == 5000
         assert socket_.getsockopt(zmq.ZAP_ENFORCE_DOMAIN) == 1
         assert socket_.getsockopt(zmq.CURVE_SERVER) == 1
+    context.destroy(linger=0)
 
 
 def test_no_source_of_the_broker_names_heartbeats() -> None:

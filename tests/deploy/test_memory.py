@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from metisfl.deploy.memory import PeakMemory
+from metisfl.deploy.memory import PeakMemory, held_bytes
 from metisfl.proto.errors import MachineError
 
 MIB = 1 << 20
@@ -60,3 +62,16 @@ def test_a_process_that_is_gone_is_no_figure() -> None:
     gone.wait()
     with pytest.raises(MachineError, match=rf"/proc/{gone.pid}/status tells no VmRSS"):
         PeakMemory(gone.pid)
+
+
+def test_what_is_allocated_is_held_and_what_is_mapped_of_a_file_is_not(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.write_bytes(bytes(64 * MIB))
+    before = held_bytes()
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        assert sum(pages[:: mmap.PAGESIZE]) == 0
+        assert held_bytes() - before < NOISE, "a page of a file is the kernel's to take back"
+    allocated = bytearray(b"x" * (64 * MIB))
+    assert held_bytes() - before >= len(allocated) - NOISE
+    del allocated
+    assert held_bytes() - before < NOISE

@@ -197,8 +197,8 @@ def test_a_whole_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
                     continue
                 home = folder / ("learners/ada" if service == "learner" else service)
                 victim = watcher.pid_of(f"metisfl.{service}.service", str(home))
-                during += leaks(tmp_path, secrets := secrets_of(folder))
                 os.kill(victim, signal.SIGABRT)
+                during += leaks(tmp_path, secrets := secrets_of(folder))
     finally:
         driver.kill()
         driver.communicate()

@@ -140,12 +140,17 @@ class Shell:
             stdout=subprocess.PIPE,
             text=True,
         ) as joining:
-            yield
-            assert joining.stdout is not None
-            read_out = next(filter(None, map(FINGERPRINT.search, joining.stdout)))
-            assert read_out[0] in self.run(admit, typed="y\n")
-            yield
-            assert "is admitted" in joining.stdout.read()
+            try:
+                yield
+                assert joining.stdout is not None
+                shown = filter(None, map(FINGERPRINT.search, joining.stdout))
+                assert (read_out := next(shown, None)), f"{join} has shown no fingerprint"
+                assert read_out[0] in self.run(admit, typed="y\n")
+                yield
+                assert "is admitted" in joining.stdout.read()
+            finally:
+                if joining.poll() is None:
+                    joining.terminate()
         assert joining.returncode == 0
 
     def codes(self) -> list[int | None]:

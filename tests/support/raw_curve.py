@@ -25,6 +25,13 @@ class RawCurve:
         host, port = endpoint.removeprefix("tcp://").split(":")
         self.socket = socket.create_connection((host, int(port)), PATIENCE_S)
         self._counter = 0
+        try:
+            self._shake_hands(who, server_public)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _shake_hands(self, who: Identity, server_public: bytes) -> None:
         server, public, secret = (
             z85.decode(server_public),
             z85.decode(who.public),

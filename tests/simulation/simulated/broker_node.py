@@ -240,8 +240,6 @@ class BrokerNode(Node):
             message = replace(message, receipt=self._receipts)
         if there := self._is_there(peer):
             self._routes[peer].to_client(message, in_order=type(message).__name__ in IN_ORDER)
-        else:
-            self._dispatch.gone(peer)
         if isinstance(message, FetchedBatch):
             size = 100 + sum(100 + len(record.envelope) for record in message.records)
             self._dispatch.answered(peer, message.receipt, size if there else 0)
