@@ -79,6 +79,16 @@ def test_an_identity_open_to_others_is_refused_with_the_remedy(tmp_path: Path, m
         keys.load_identity(tmp_path)
 
 
+def test_an_identity_may_come_as_a_credential_of_the_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = keys.create_identity(tmp_path / "credentials", "broker")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+    assert keys.load_identity(tmp_path / "none") == given
+    keys.create_identity(tmp_path / "home", "controller")
+    assert keys.load_identity(tmp_path / "home") == given, "what the unit is given comes first"
+
+
 def test_a_systemd_credential_may_show_its_acl_as_group_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
