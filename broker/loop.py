@@ -169,7 +169,7 @@ class Loop:
             self._send(peer, parts)
 
     def _strangers(self, now: float) -> list[Offence]:
-        told = self._monitors.told(now)
+        told = self._monitors.told()
         self._dispatch.offences.count(status.HANDSHAKE, sum(times for _, times in told))
         reason = "it connects and shows no key"
         return [Offence(address, status.HANDSHAKE, reason, times) for address, times in told]

@@ -291,8 +291,8 @@ class BulkEndpoint:
         for who in named or ["unknown"]:
             self._on_stranger("memory limit", who, why)
 
-    def _tell_strangers(self, now: float) -> None:
-        for address, times in self._monitors.told(now):
+    def _tell_strangers(self) -> None:
+        for address, times in self._monitors.told():
             self._counts["handshakes_failed"] += times
             if self._repeats.line(address, "handshake"):
                 log.warning("handshake failed", address=address, times=times)
@@ -313,7 +313,7 @@ class BulkEndpoint:
     def _tick(self, now: float) -> None:
         if not self._authenticator.is_alive():
             raise MachineError("the bulk endpoint's authenticator has ended: nobody can connect")
-        self._tell_strangers(now)
+        self._tell_strangers()
         self._uploads.tick(now)
         self._downloads.tick(now)
 

@@ -12,6 +12,7 @@ dropped: left to itself it would fill the memory, and with a limit stop the whol
 
 from __future__ import annotations
 
+import errno
 import itertools
 import socket as sockets
 import struct
@@ -23,10 +24,9 @@ from typing import Final
 
 import zmq
 
-__all__ = ["NO_ROOM", "OTHERS", "UNKNOWN", "Handshakes", "Monitors"]
+__all__ = ["OTHERS", "UNKNOWN", "Handshakes", "Monitors"]
 
 ACCEPTED: Final = int(zmq.EVENT_ACCEPTED)
-ACCEPT_FAILED: Final = int(zmq.EVENT_ACCEPT_FAILED)
 SUCCEEDED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
 FAILED: Final = (
@@ -39,10 +39,8 @@ EVENTS_PER_TURN: Final = 1024
 YOUNG_S: Final = 6.0  # a handshake has failed by then, or it never will
 YOUNG_MAX: Final = 4096
 ADDRESSES_TOLD_MAX: Final = 16
-DEAF_S: Final = 1.0  # a listener that cannot accept says so without a pause
 UNKNOWN: Final = "an address that was gone at once"
 OTHERS: Final = "other addresses"
-NO_ROOM: Final = "this process, which cannot accept connections: too many open files?"
 
 _numbers = itertools.count()
 
@@ -62,7 +60,7 @@ class Handshakes:
 
     def __init__(self) -> None:
         self.failed = 0
-        """Connections that ended before they were let in, or could not be accepted."""
+        """Connections that ended before they were let in."""
         self._young: dict[int, _Young] = {}
         self._failing = self._refusing = False
         self._untold: Counter[str] = Counter()
@@ -84,8 +82,6 @@ class Handshakes:
                 self._succeeded(now_s)
             elif event == DISCONNECTED:
                 self._ended(value, now_s)
-            elif event == ACCEPT_FAILED:
-                self._count(NO_ROOM)
 
     def told(self) -> list[tuple[str, int]]:
         """Who failed since the last time, and how often; at most 17."""
@@ -159,11 +155,12 @@ class Monitors:
         for one in self._all:
             if one.pair in ready:
                 one.drain(now_s)
+            elif one.pair is None:
+                one.renew()
 
-    def told(self, now_s: float) -> list[tuple[str, int]]:
+    def told(self) -> list[tuple[str, int]]:
         """Who failed since the last time, and how often; call it about once a second."""
         for one in self._all:
-            one.tick(now_s)
             self._untold.update(dict(one.to.told()))
         told = list(self._untold.items())
         self._untold.clear()
@@ -183,45 +180,48 @@ class _Monitor:
     def __init__(self, socket: zmq.Socket[bytes], poller: zmq.Poller, to: Handshakes) -> None:
         self._socket, self._poller, self.to = socket, poller, to
         self._port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self._deaf_until_s = 0.0
-        self._open(EVENTS | ACCEPT_FAILED)
+        self.pair: zmq.Socket[bytes] | None = None
+        self._open()
 
     def drain(self, now_s: float) -> None:
+        assert self.pair is not None, "there is nothing to drain"
         events: list[Event] = []
         with suppress(zmq.Again):
             while len(events) < EVENTS_PER_TURN:
                 events.append(struct.unpack("=HI", self.pair.recv_multipart(zmq.NOBLOCK)[0]))
         self.to.take(events, self._address_of, now_s)
-        deaf = any(event == ACCEPT_FAILED for event, _ in events)
-        if deaf:
-            self._deaf_until_s = now_s + DEAF_S
-        if deaf or len(events) == EVENTS_PER_TURN:
-            self._renew(now_s)
+        if len(events) == EVENTS_PER_TURN:
+            self.renew()
 
-    def tick(self, now_s: float) -> None:
-        # What was too loud is heard again.
-        if 0 < self._deaf_until_s <= now_s:
-            self._renew(now_s)
-
-    def close(self) -> None:
-        self._poller.unregister(self.pair)
-        self._socket.monitor(None, 0)
-        self.pair.close(linger=0)
-
-    def _renew(self, now_s: float) -> None:
+    def renew(self) -> None:
+        """Begin anew, without what was not heard; later, if no file can be opened now."""
         self.close()
         self.to.missed()
-        if now_s >= self._deaf_until_s:
-            self._deaf_until_s = 0.0
-        self._open(EVENTS if self._deaf_until_s else EVENTS | ACCEPT_FAILED)
+        try:
+            self._open()
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
 
-    def _open(self, events: int) -> None:
+    def close(self) -> None:
+        if self.pair is not None:
+            self._poller.unregister(self.pair)
+            self._socket.monitor(None, 0)
+            self.pair.close(linger=0)
+            self.pair = None
+
+    def _open(self) -> None:
+        pair = self._socket.context.socket(zmq.PAIR)
+        pair.rcvhwm = 0  # else libzmq's thread would wait, with all connections, to be heard
         address = f"inproc://handshakes-{next(_numbers)}"
-        self._socket.monitor(address, events)
-        self.pair = self._socket.context.socket(zmq.PAIR)
-        self.pair.rcvhwm = 0  # else libzmq's thread would wait, with all connections, to be heard
-        self.pair.connect(address)
-        self._poller.register(self.pair, zmq.POLLIN)
+        try:
+            self._socket.monitor(address, EVENTS)
+        except zmq.ZMQError:
+            pair.close(linger=0)
+            raise
+        pair.connect(address)
+        self._poller.register(pair, zmq.POLLIN)
+        self.pair = pair
 
     def _address_of(self, fd: int) -> str:
         """The other end of a connection to this socket, unless the number is another's by now."""

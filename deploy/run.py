@@ -17,7 +17,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -90,8 +89,10 @@ class ExitCode:
 
     def _tell(self, error: MetisError) -> None:
         self.value = error.exit_code
-        with suppress(OSError):  # stderr may be a file on a full disk
+        try:
             print(f"{self._name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        except OSError:  # a file on a full disk: what it still holds would change the exit code
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 class StopSignal:

@@ -13,7 +13,7 @@ import zmq
 
 from metisfl.deploy import handshakes
 from metisfl.deploy.curve import Authenticator, secure_client, secure_server
-from metisfl.deploy.handshakes import NO_ROOM, OTHERS, UNKNOWN, Handshakes, Monitors
+from metisfl.deploy.handshakes import OTHERS, UNKNOWN, Handshakes, Monitors
 from metisfl.deploy.keys import Identity
 
 ACCEPTED, DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
@@ -66,10 +66,6 @@ def test_nobody_is_named_for_a_number_that_was_another_s() -> None:
     assert told([*gone, (ACCEPTED, 7), SUCCEEDED]) == {UNKNOWN: 1}
 
 
-def test_a_failure_to_accept_is_told() -> None:
-    assert told([(int(zmq.EVENT_ACCEPT_FAILED), 24)]) == {NO_ROOM: 1}
-
-
 def test_a_crowd_of_strangers_costs_a_few_lines() -> None:
     seen = Handshakes()
     for number in range(20_000):
@@ -113,7 +109,7 @@ class Door:
             if self.socket in ready:
                 self.socket.recv_multipart()
                 self.messages += 1
-            for address, times in self.monitors.told(time.monotonic()):
+            for address, times in self.monitors.told():
                 self.said[address] = self.said.get(address, 0) + times
 
     def total(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -110,7 +111,7 @@ def test_a_key_is_read_exactly_when_sums_do_not_wrap_and_noise_does_not_show(
         max_learners=learners,
         error=1.0,
     )
-    noise = Fraction(ckks.noise_bound(learners))
+    noise = math.ceil(ckks.noise_bound(learners))
     step = Fraction(2) ** (scaling_bits - grid_bits)
     wraps = learners * (2**scaling_bits + step / 2) + noise > (part.modulus - 1) // 2
     if wraps or step <= 2 * noise:
