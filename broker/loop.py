@@ -145,7 +145,7 @@ class Loop:
         now = time.monotonic()
         self._send_head(now)
         self._sequencer.cursors_due()
-        offences = [*self._dispatch.take_offences(), *self._strangers(now)]
+        offences = [*self._dispatch.take_offences(), *self._strangers()]
         for offence in offences:
             times = f" ({offence.times} times)" if offence.times > 1 else ""
             self._complain(f"{offence.cause} refused", offence.principal, offence.reason + times)
@@ -168,7 +168,7 @@ class Loop:
         for peer, parts in messages:
             self._send(peer, parts)
 
-    def _strangers(self, now: float) -> list[Offence]:
+    def _strangers(self) -> list[Offence]:
         told = self._monitors.told()
         self._dispatch.offences.count(status.HANDSHAKE, sum(times for _, times in told))
         reason = "it connects and shows no key"
