@@ -57,10 +57,12 @@ def ports_of(daemons: Daemons) -> list[int]:
     return [int(end.rpartition(":")[2]) for end in ends]
 
 
+@pytest.mark.timeout(300)
 def test_every_fifth_packet_is_lost(daemons: Daemons, undisturbed: Undisturbed) -> None:
     expected = undisturbed(daemons, LOSSY_ROUNDS)
     with running(daemons, percent=PERCENT) as network:
-        view = asyncio.run(watched(daemons, rounds=LOSSY_ROUNDS))
+        # A handshake that is lost again and again may cost a site its lease, and it is asked anew.
+        view = asyncio.run(watched(daemons, rounds=LOSSY_ROUNDS, deadline_s=240.0))
         lost = network.lose_nothing()
     print(f"{lost} packets were lost")
     assert lost > 20, "hardly a packet was lost: this test shows nothing"
