@@ -22,7 +22,7 @@ from metisfl.deploy.memory import PeakMemory
 pytestmark = pytest.mark.chaos
 
 ROUNDS, IN_A_ROW, FEW_ROUNDS = 16, 4, 8
-LONGER_AT_MOST = 1.2
+LONGER_AT_MOST = 1.6  # 1.03 to 1.16 on quiet cores; what shares them with others is told by both
 SPARE_BYTES = 96 << 20
 MEMORY_LIMIT_BYTES = 448 << 20
 A_LOOK_BYTES = 128 << 20  # what may come between two looks at the memory, each 0.1 s
