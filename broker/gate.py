@@ -21,7 +21,7 @@ from metisfl.broker.reception import Reception
 from metisfl.broker.status import HANDSHAKE
 from metisfl.deploy.audit import Audit
 from metisfl.deploy.curve import Authenticator
-from metisfl.deploy.memory import give_back, held_bytes
+from metisfl.deploy.memory import needed_bytes
 from metisfl.deploy.memory_guard import MemoryGuard, suspects
 from metisfl.deploy.registry import Change, Registry, Watch
 from metisfl.proto.errors import MachineError
@@ -140,10 +140,8 @@ class Gate:
 
     def _hold_memory(self, now: float) -> None:
         """Cut everybody off when somebody makes libzmq hold too much."""
-        held, limit = held_bytes(), self._memory.limit_bytes
-        if held > limit:
-            give_back()
-            held = held_bytes()
+        limit = self._memory.limit_bytes
+        held = needed_bytes(limit)
         self._memory, cut = self._memory.look(held, now)
         if not cut:
             return

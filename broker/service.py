@@ -32,6 +32,7 @@ from metisfl.deploy.ckks_keys import refuse_secret_parts
 from metisfl.deploy.curve import Authenticator, Insecure, guard_server, self_test
 from metisfl.deploy.insecure import Shout, add_insecure
 from metisfl.deploy.keys import Identity, load_identity
+from metisfl.deploy.memory_guard import MEMORY_LIMIT_BYTES
 from metisfl.deploy.options import (
     INGRESS,
     LIVE,
@@ -49,7 +50,6 @@ NAME: Final = "metisfl-broker"
 SOFTWARE: Final = f"metisfl {__version__}"
 TICK_S: Final = 1.0
 SELF_TEST_S: Final = 5.0
-MEMORY_LIMIT_BYTES: Final = 768 * 1024**2  # the unit lets it have 1 GiB
 LOG_FOLDER: Final = "log"
 
 log = structlog.get_logger()

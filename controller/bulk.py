@@ -30,8 +30,8 @@ from metisfl.controller.uploads import OnDenied, OnRefused, OnStored, Uploads
 from metisfl.deploy.curve import Authenticator, Insecure, guard_server, self_test
 from metisfl.deploy.handshakes import Monitors
 from metisfl.deploy.keys import Identity
-from metisfl.deploy.memory import give_back, held_bytes
-from metisfl.deploy.memory_guard import LOOK_S, MemoryGuard, suspects
+from metisfl.deploy.memory import needed_bytes
+from metisfl.deploy.memory_guard import LOOK_S, MEMORY_LIMIT_BYTES, MemoryGuard, suspects
 from metisfl.deploy.rebind import close_bound
 from metisfl.native_c import crc32c
 from metisfl.proto.bulk import (
@@ -50,7 +50,7 @@ from metisfl.proto.chunk import NO_DIGEST
 from metisfl.proto.credit import WINDOW_CHUNKS, WORD_S
 from metisfl.proto.errors import MachineError, PeerError
 
-__all__ = ["MEMORY_LIMIT_BYTES", "BulkEndpoint", "Expected", "OnStranger"]
+__all__ = ["BulkEndpoint", "Expected", "OnStranger"]
 
 MESSAGES_PER_TURN: Final = 64
 RECEIVE_HWM: Final = WINDOW_CHUNKS + 8
@@ -60,7 +60,6 @@ BACKLOG: Final = 1024
 DEAD_LINK_MS: Final = 30_000
 IO_THREADS: Final = 2  # CURVE costs more than all the rest
 SELF_TEST_S: Final = 5.0
-MEMORY_LIMIT_BYTES: Final = 768 * 1024**2
 ROUTES_MAX: Final = 4096
 OnStranger = Callable[[str, str, str], None]
 """What was refused, to whom (an address, or the principal that is suspected), why."""
@@ -276,10 +275,8 @@ class BulkEndpoint:
 
     def _hold_memory(self, now: float) -> None:
         """Cut everybody off when somebody makes libzmq hold too much."""
-        held, limit = held_bytes(), self._memory.limit_bytes
-        if held > limit:
-            give_back()
-            held = held_bytes()
+        limit = self._memory.limit_bytes
+        held = needed_bytes(limit)
         self._memory, cut = self._memory.look(held, now)
         if not cut:
             return

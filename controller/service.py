@@ -17,7 +17,7 @@ import structlog
 
 from metisfl import __version__
 from metisfl.broker.client import BrokerClient, Claim, ClientKeys, Credentials, Outbox
-from metisfl.controller.bulk import MEMORY_LIMIT_BYTES, BulkEndpoint
+from metisfl.controller.bulk import BulkEndpoint
 from metisfl.controller.encrypted_fold import context_of
 from metisfl.controller.gate import keep_gate
 from metisfl.controller.shell import Controller
@@ -25,13 +25,14 @@ from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.deploy import logs, run
 from metisfl.deploy.allocator import return_freed_memory
-from metisfl.deploy.audit import Audit
+from metisfl.deploy.audit import AUDIT_FILE, Audit
 from metisfl.deploy.ckks_keys import load_public, refuse_secret_parts
 from metisfl.deploy.curve import Insecure
 from metisfl.deploy.database import open_database, sole_process
 from metisfl.deploy.insecure import add_insecure, shout_until
 from metisfl.deploy.key_lists import load_servers
 from metisfl.deploy.keys import Identity, load_identity
+from metisfl.deploy.memory_guard import MEMORY_LIMIT_BYTES
 from metisfl.deploy.options import (
     BULK,
     INGRESS,
@@ -76,7 +77,7 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
             context=context_of(public) if public else None,
             limit_bytes=options.spool_limit,
         )
-        audit = Audit(home / "audit.jsonl")
+        audit = Audit(home / AUDIT_FILE)
         connection = open_database(home / "controller.db")
         outbox = Outbox(connection, "controller")
         loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from metisfl.proto.errors import MachineError
 
-__all__ = ["PeakMemory", "give_back", "held_bytes"]
+__all__ = ["PeakMemory", "give_back", "held_bytes", "needed_bytes"]
 
 RESET_PEAK = "5"
 
@@ -33,6 +33,15 @@ def held_bytes() -> int:
         return 0
     _, _, rest = data.partition(b"RssAnon:")
     return int(rest.split(maxsplit=1)[0]) * 1024 if rest else 0
+
+
+def needed_bytes(limit_bytes: int) -> int:
+    """What this process holds; where that is over the limit, what it holds and still needs."""
+    held = held_bytes()
+    if held <= limit_bytes:
+        return held
+    give_back()
+    return held_bytes()
 
 
 def give_back() -> None:

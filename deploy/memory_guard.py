@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-__all__ = ["LOOK_S", "SUSPECTS_MAX", "MemoryGuard", "suspects"]
+__all__ = ["LOOK_S", "MEMORY_LIMIT_BYTES", "SUSPECTS_MAX", "MemoryGuard", "suspects"]
+
+MEMORY_LIMIT_BYTES: Final = 768 * 1024**2
+"""What a server holds at the most, unless it is told otherwise; a unit lets it have 1 GiB."""
 
 LOOK_S: Final = 0.1
 CALM_S: Final = 10.0

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from client_stories import PATIENCE_S, read, run, until
+from resident import resident_bytes
 
 from metisfl.broker.client import BrokerClient, Record
 from metisfl.broker.doors import LIVE_SEND_HWM
@@ -166,13 +167,6 @@ SLACK_BYTES = 16 * 1024 * 1024
 """Batches on their way to the disk, and what libzmq and the allocator hold."""
 BOUND_BYTES = LIVE_SEND_HWM * (EVENT_BYTES + 1024) + SLACK_BYTES
 assert EVENTS * EVENT_BYTES > 1.5 * BOUND_BYTES, "a queue without a bound would pass, too"
-
-
-def resident_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"process {pid} is gone")
 
 
 def test_a_stopped_subscriber_costs_bounded_memory_and_slows_nobody(

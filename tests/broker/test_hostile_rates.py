@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import zmq
 from client_stories import PATIENCE_S, run, until
 from raw_ingress import answer, envelope, publish, still_serves
+from resident import resident_bytes
 
 from metisfl.broker.client import BrokerStatus
 from metisfl.broker.session import OUTSTANDING_BYTES_MAX, PUBLISHES_BURST
@@ -19,13 +19,6 @@ from metisfl.proto.frames import Ack, Busy, Fetch, FetchedBatch
 EVENTS, EVENT_BYTES = 300, 190 * 1024
 SLACK_BYTES = 24 * 1024 * 1024
 """What the allocator holds, and an answer that is being made."""
-
-
-def resident_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"process {pid} is gone")
 
 
 class Stubborn:
