@@ -144,7 +144,7 @@ class Loop:
         """
         now = time.monotonic()
         self._send_head(now)
-        self._sequencer.cursors_due()
+        self._sequencer.leftovers_due()
         offences = [*self._dispatch.take_offences(), *self._strangers()]
         for offence in offences:
             times = f" ({offence.times} times)" if offence.times > 1 else ""

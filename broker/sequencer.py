@@ -163,13 +163,14 @@ class Sequencer:
         self._number = self._generation = 0
         self._in_flight: deque[_InFlight] = deque()
         self._cursors: dict[tuple[str, str], int] = {}
-        self._cursors_due = False
+        self._leftovers_due = False
         self._clear()
 
     @property
     def full(self) -> bool:
         """True when no more should be taken in before a batch was sealed."""
-        return len(self._appends) >= BATCH_EVENTS_MAX or self._bytes >= BATCH_BYTES_MAX
+        events = len(self._appends) + len(self._refused)
+        return events >= BATCH_EVENTS_MAX or self._bytes >= BATCH_BYTES_MAX
 
     @property
     def in_flight(self) -> int:
@@ -252,7 +253,7 @@ class Sequencer:
     def refuse(
         self, publisher: Publisher, reason: str, envelope: bytes, cause: str = POISON
     ) -> None:
-        """Put the publisher's next event aside for good."""
+        """Put the publisher's next event aside for good, with the next batch."""
         publisher.last += 1
         self._refused.append(
             Refused(publisher.name, publisher.epoch, publisher.last, reason, envelope, cause)
@@ -261,20 +262,21 @@ class Sequencer:
         self._bytes += len(envelope)
 
     def report(self, reader: str, lane: str, cursor: int) -> None:
-        """Note how far a reader is. It waits for a batch, or for `cursors_due`."""
+        """Note how far a reader is. It waits for a batch, or for `leftovers_due`."""
         self._cursors[reader, lane] = cursor
 
-    def cursors_due(self) -> None:
-        """Let reported cursors go to disk even if there is no event to go with."""
-        self._cursors_due = bool(self._cursors)
+    def leftovers_due(self) -> None:
+        """Let cursors and refused events go to disk even if there is no event to go with."""
+        self._leftovers_due = bool(self._cursors or self._refused)
 
     def seal(self, unix_ns: int) -> Batch | None:
         """Return the next batch to store, if it should be stored now.
 
         What arrives while one batch is being stored makes up the next one, so the second place in
-        flight is for a full batch only.
+        flight is for a full batch only. Refused events make no batch of their own until they are
+        due: who sends nothing else does not get to say how often the disk is waited for.
         """
-        if not (self._touched_publishers or self._cursors_due):
+        if not (self._appends or self._leftovers_due or self.full):
             return None
         if self._in_flight and (len(self._in_flight) >= BATCHES_IN_FLIGHT_MAX or not self.full):
             return None
@@ -350,4 +352,4 @@ class Sequencer:
         self._touched_publishers: set[Publisher] = set()
         self._touched_lanes: set[Lane] = set()
         self._bytes = 0
-        self._cursors_due = False
+        self._leftovers_due = False

@@ -306,7 +306,8 @@ class Desk:
         ]
 
     def commit(self) -> list[frames.Reply]:
-        """Seal, store, and return what the publishers are told."""
+        """Seal, store, and return what the publishers are told. Refused events are due."""
+        self.dispatch.sequencer.leftovers_due()
         batch = self.dispatch.sequencer.seal(1)
         return self.committed(batch) if batch else []
 

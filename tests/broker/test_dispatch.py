@@ -141,6 +141,20 @@ def test_a_poison_event_is_put_aside_and_the_next_goes_on(
     assert desk.stored == [b"learner:l1 1 2"]
 
 
+def test_refused_events_alone_do_not_make_the_disk_work(desk: Any) -> None:
+    """However many there are, they go with the next event, or when they are due."""
+    for sequence in range(1, 51):
+        desk.send(L1, desk.message(desk.envelope(L1, 1, sequence, version=2)))
+        assert desk.dispatch.sequencer.seal(1) is None, "a poison event is worth no commit"
+    desk.publish(L2, 1)
+    batch = desk.dispatch.sequencer.seal(1)
+    assert len(batch.refused) == 50, "an event waits for no poison"
+    desk.committed(batch)
+    desk.send(L1, desk.message(desk.envelope(L1, 1, 51, version=2)))
+    desk.dispatch.sequencer.leftovers_due()
+    assert len(desk.dispatch.sequencer.seal(1).refused) == 1
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -277,14 +291,14 @@ def test_cursors_go_to_disk_with_events_or_when_due(desk: Any) -> None:
     desk.commit()
     desk.send(L1, frames.pack_cursor(CursorReport(1, "f/task/l1/")))
     assert desk.dispatch.sequencer.seal(1) is None, "a cursor alone is not worth a commit"
-    desk.dispatch.sequencer.cursors_due()
+    desk.dispatch.sequencer.leftovers_due()
     batch = desk.dispatch.sequencer.seal(1)
     assert batch is not None
     assert batch.cursors == [(L1, "f/task/l1/", 1)]
     assert desk.committed(batch) == []
     desk.send(L1, frames.pack_cursor(CursorReport(1, "f/task/l2/")))
     desk.send(L1, frames.pack_cursor(CursorReport(1, "nowhere/run/all/")))
-    desk.dispatch.sequencer.cursors_due()
+    desk.dispatch.sequencer.leftovers_due()
     assert desk.dispatch.sequencer.seal(1) is None, "not its lane, and a lane that is not there"
 
 
@@ -293,7 +307,7 @@ def test_a_cursor_beyond_the_log_is_not_believed(desk: Any) -> None:
     desk.publish(CONTROLLER, 1)
     desk.commit()
     desk.send(CONTROLLER, frames.pack_cursor(CursorReport(2, "f/")))
-    desk.dispatch.sequencer.cursors_due()
+    desk.dispatch.sequencer.leftovers_due()
     assert desk.dispatch.sequencer.seal(1) is None
 
 
@@ -346,7 +360,7 @@ def test_a_cursor_survives_the_failure_of_its_batch(desk: Any) -> None:
     assert failing is not None
     assert failing.cursors == [(CONTROLLER, "f/", 1)]
     desk.dispatch.failed("disk full", desk.now)
-    desk.dispatch.sequencer.cursors_due()
+    desk.dispatch.sequencer.leftovers_due()
     again = desk.dispatch.sequencer.seal(1)
     assert again is not None
     assert (again.cursors, again.appends) == ([(CONTROLLER, "f/", 1)], [])

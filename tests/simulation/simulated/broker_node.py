@@ -284,6 +284,6 @@ class BrokerNode(Node):
         if self.keep_s is not None and self.log.trim(int(self.keep_s * 1e9), self.wall_ns()):
             self.say("trims the log to", self.log.floor)
             self._invariants.trimmed(self.log.floor)
-        self._dispatch.sequencer.cursors_due()
+        self._dispatch.sequencer.leftovers_due()
         self._turn()
         self.later(TICK_S, self._tick)
