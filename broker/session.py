@@ -14,6 +14,7 @@ from collections import deque
 from typing import Final
 
 from metisfl.broker.sequencer import Publisher
+from metisfl.deploy.bucket import Bucket
 from metisfl.proto import frames
 from metisfl.proto.frames import ANSWER_BYTES_MAX, FETCHES_MAX, Busy
 
@@ -24,7 +25,6 @@ __all__ = [
     "PUBLISHES_PER_S",
     "Account",
     "Answers",
-    "Bucket",
     "PublishRate",
     "Session",
 ]
@@ -43,23 +43,6 @@ BEATS_PER_S: Final = 100.0
 REFUSALS_PER_S: Final = 10.0
 STATUSES_PER_S: Final = 5.0
 REPEAT_S: Final = 0.05  # the same answer goes to the same connection at most this often
-
-
-class Bucket:
-    """At most `per_s` a second, in bursts of up to twice that."""
-
-    __slots__ = ("_at", "_level", "_per_s")
-
-    def __init__(self, per_s: float, now: float) -> None:
-        self._per_s, self._level, self._at = per_s, 2 * per_s, now
-
-    def take(self, now: float) -> bool:
-        self._level = min(2 * self._per_s, self._level + (now - self._at) * self._per_s)
-        self._at = now
-        if self._level < 1:
-            return False
-        self._level -= 1
-        return True
 
 
 class PublishRate:

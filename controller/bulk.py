@@ -23,6 +23,7 @@ import zmq
 
 from metisfl.controller.admission import Admission, Expected
 from metisfl.controller.downloads import READERS, Downloads
+from metisfl.controller.patience import Patience
 from metisfl.controller.repeats import Repeats
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
@@ -105,6 +106,7 @@ class BulkEndpoint:
         self._routes: dict[bytes, None] = {}
         self._heard: Counter[str] = Counter()
         self._repeats = Repeats()
+        self._patience = Patience()
         self._uploads = Uploads(
             spool, admission, self._send, on_stored, on_refused, self._counts, on_denied
         )
@@ -328,10 +330,18 @@ class BulkEndpoint:
         principal = str(message[0].get("User-Id"))
         if route not in self._routes:
             self._note(route, principal)
+        now = time.monotonic()
+        if self._patience.is_out(principal, now):
+            self._counts["frames_unread"] += 1
+            if count := self._repeats.line(principal, "too much"):
+                log.warning("bulk frames dropped unread", peer=principal, count=count)
+            return
         try:
             frame = parse([part.buffer for part in message[1:]], crc32c)
-            self._dispatch(frame, principal, route)
+            if not self._dispatch(frame, principal, route, now):
+                self._patience.spend(principal, now)
         except PeerError as error:
+            self._patience.spend(principal, now)
             self._counts["bad_frames"] += 1
             if count := self._repeats.line(principal, "bad frame"):
                 log.warning("bad bulk frame", peer=principal, count=count, why=str(error))
@@ -345,13 +355,13 @@ class BulkEndpoint:
         if principal in self._heard or len(self._heard) < ROUTES_MAX:
             self._heard[principal] += 1
 
-    def _dispatch(self, frame: Frame, principal: str, route: bytes) -> None:
-        now = time.monotonic()
+    def _dispatch(self, frame: Frame, principal: str, route: bytes, now: float) -> bool:
+        """Hand it on; whether an open transfer has asked for it."""
         match frame:
             case Chunk():
-                self._uploads.chunk(frame, principal, route, now)
+                return self._uploads.chunk(frame, principal, route, now)
             case Credit():
-                self._downloads.credit(frame, route, now)
+                return self._downloads.credit(frame, route, now)
             case Open():
                 self._adopt()  # whoever asks after `expect` has returned is judged by it
                 self._uploads.open(frame, principal, route, now)
@@ -361,6 +371,7 @@ class BulkEndpoint:
                     self._on_denied(Code.NOT_YOURS, principal, "it asked for a model")
             case _:
                 raise PeerError(f"a {type(frame).__name__} frame is not for a controller")
+        return False
 
     def _send(self, route: bytes, frame: Frame) -> bool:
         parts: list[Any] = [route, *pack(frame, crc32c)]

@@ -82,21 +82,25 @@ class Downloads:
         self._send(route, Model(frame.digest, model.payload_bytes, model.manifest_bytes))
         self._restart(key, download, frame.first, frame.limit, now)
 
-    def credit(self, frame: Credit, route: bytes, now: float) -> None:
-        """The receiver has taken chunks, and may take more. Raises PeerError beyond the model."""
+    def credit(self, frame: Credit, route: bytes, now: float) -> bool:
+        """The receiver has taken chunks, and may take more. Raises PeerError beyond the model.
+
+        Returns False if there is no such download, or it begins anew.
+        """
         key = route, frame.subject
         download = self._downloads.get(key)
         if download is None:
-            return  # complete, or of an earlier connection
+            return False  # complete, or of an earlier connection
         download.heard_at = now
         self._credit.heard(key, now)
         if frame.rewind:
             self._restart(key, download, frame.first, frame.limit, now)
-            return
+            return False
         self._credit.give_back(key, download.sender.allow(frame))
         self._want(key, download)
         if download.sender.acknowledged == download.sender.count:
             self._forget(key)
+        return True
 
     def work(self, now: float) -> float | None:
         """Send what may be sent, one chunk each in turn; return in how many s to come again."""

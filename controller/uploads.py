@@ -141,20 +141,23 @@ class Uploads:
                 self._drop(upload)
             self._begin(frame, principal, route, now)
 
-    def chunk(self, frame: Chunk, principal: str, route: bytes, now: float) -> None:
-        """A chunk has come: check it, then store it, or ask for what is missing."""
+    def chunk(self, frame: Chunk, principal: str, route: bytes, now: float) -> bool:
+        """A chunk has come: check it, then store it, or ask for what is missing.
+
+        Returns whether it is the one that this learner was to send next.
+        """
         header = frame.header
         upload = self._uploads.get(header.subject)
         if upload is None or upload.expected.learner != principal:
             self._counts["chunks_unknown"] += 1  # of a refused upload; its sender has been told
-            return
+            return False
         upload.route = route
         self._credit.heard(upload.subject, now)
         said = header.federation, header.manifest, header.count
         if said != (upload.federation, upload.manifest_digest, upload.receiver.count):
             reason = f"chunk {header.index} is part of another update than its OPEN announced"
             self._reject(upload, Refusal(Code.BAD_FRAME, reason))
-            return
+            return False
         arrival = upload.receiver.arrived(header.index)
         if arrival is Arrival.NEXT:
             self._take(upload, frame, now)
@@ -162,6 +165,7 @@ class Uploads:
             self._counts["chunks_repeated"] += 1
         if arrival is Arrival.GAP:
             self._tell_credit(upload, now, rewind=True)
+        return arrival is Arrival.NEXT
 
     def work(self, now: float) -> bool:
         """Finish what is complete, hand out credit; return whether there is more to do at once."""

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from metisfl.broker.client import ClientKeys
 from metisfl.controller import gate
 from metisfl.controller.bulk import BulkEndpoint, Expected
+from metisfl.controller.patience import FUTILE_PER_S
 from metisfl.controller.spool import Spool
 from metisfl.controller.store import ModelStore
 from metisfl.controller.uploads import Uploads
@@ -220,6 +221,23 @@ def test_garbage_from_one_learner_does_not_stop_another(
         assert site.stored.get(timeout=10)[0] == "t"
         rude.close(linger=0)
     assert len(logs) < 20, "a flood of garbage fills the log"
+
+
+def test_who_sends_nothing_but_what_leads_nowhere_is_not_read_any_more(
+    site: Site, dial: Callable[[Identity], zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    a_model(tmp_path / "m.model", 3)
+    site.bulk.expect({"t": Expected("learner:l1")})
+    rude, flood = dial(ADA), 20 * int(FUTILE_PER_S)
+    others = frames.pack(frames.Open("t", FEDERATION, bytes(32), 0, b""), crc32c)
+    with capture_logs() as logs:
+        for number in range(flood):
+            rude.send_multipart(others if number % 2 else [b"?", bytes(100)])
+        upload(site, "t", tmp_path / "m.model", LEARNERS[1])
+        assert site.stored.get(timeout=10)[0] == "t"
+        while site.bulk.counts.get("frames_unread", 0) < flood // 2:  # else most of it is read
+            rude.poll(1)
+    assert "learner:l0" in {line["peer"] for line in logs if "unread" in line["event"]}
 
 
 def test_a_learner_cannot_upload_for_another(
