@@ -2,15 +2,19 @@
 
 How it is measured: in one run, attacks go on for some rounds, are paused for as many, and so on, so
 that both kinds of rounds see the same machine. A round lasts from its opening to the next one's, by
-the broker's clock; the first of each kind in a row is left out. The attackers run at nice 19.
+the broker's clock; the first of each kind in a row is left out. The attackers run at nice 19, since
+their machines are not ours to slow down. Whatever else wants the two cores can only make attacked
+rounds, which leave none idle, look longer: so a run that looks long is measured again, twice at
+most, and the quickest says what the attack costs.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -22,7 +26,7 @@ from metisfl.deploy.memory import PeakMemory
 pytestmark = pytest.mark.chaos
 
 ROUNDS, IN_A_ROW, FEW_ROUNDS = 16, 4, 8
-LONGER_AT_MOST = 1.6  # 1.03 to 1.16 on quiet cores; what shares them with others is told by both
+LONGER_AT_MOST, MEASURED_AT_MOST = 1.2, 3
 SPARE_BYTES = 96 << 20
 MEMORY_LIMIT_BYTES = 448 << 20
 A_LOOK_BYTES = 128 << 20  # what may come between two looks at the memory, each 0.1 s
@@ -93,7 +97,7 @@ def test_who_shows_no_key_is_named_by_address_at_each_door(
         assert '"who":"127.0.0.1"' in told.replace(": ", ":"), f"{home} has no line of it"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("privacy", ["plain", "ckks"])
 def test_a_run_goes_on_as_if_nothing_happened(
     field: Any, attackers: Any, run_of: Any, privacy: str
@@ -114,23 +118,21 @@ def test_a_run_goes_on_as_if_nothing_happened(
         if number % IN_A_ROW == 0:
             (crowd.go_on if number // IN_A_ROW % 2 == 0 else crowd.pause)()
 
-    view, took = run_of(daemons, ROUNDS, sorted((*HONEST, "liar")), turn)
+    ratios: list[float] = []
+    while len(ratios) < MEASURED_AT_MOST and min(ratios, default=math.inf) > LONGER_AT_MOST:
+        crowd.go_on()
+        view, took = run_of(daemons, ROUNDS, sorted((*HONEST, "liar")), turn)
+        ratios.append(attacked_over_paused(took))
+        assert digest_of(daemons, view) == undisturbed, "the attack has changed the model"
+        assert view.closed is not None
+        assert [one.learner for one in view.closed.counted] == list(HONEST)
     crowd.go_on()
     until_named(daemons, TOLD)
     memory = {name: peak.over_idle_bytes() for name, peak in peaks.items()}
     told = crowd.end() | liar.end()
 
-    kinds: tuple[list[float], list[float]] = ([], [])
-    for number, seconds in took.items():
-        if number % IN_A_ROW:
-            kinds[number // IN_A_ROW % 2].append(seconds)
-    attacked, paused = map(statistics.median, kinds)
-    print(f"a round took {attacked:.3f} s under attack and {paused:.3f} s without: {kinds}")
     print(f"over idle: {memory}; {told}")
-    assert digest_of(daemons, view) == undisturbed, "the attack has changed the model"
-    assert view.closed is not None
-    assert [one.learner for one in view.closed.counted] == list(HONEST)
-    assert attacked <= LONGER_AT_MOST * paused, f"{attacked / paused:.2f} times as long"
+    assert min(ratios) <= LONGER_AT_MOST, f"rounds take so many times as long: {ratios}"
     assert told["join"].get("welcomed", 0) == 0, told["join"]
     for attack, counts in told.items():
         assert "let in" not in counts or attack == "oversized", f"{attack}: {counts}"
@@ -138,6 +140,17 @@ def test_a_run_goes_on_as_if_nothing_happened(
     assert max(memory.values()) <= SPARE_BYTES, f"bytes over idle: {memory}"
     idle = [attack for attack, counts in told.items() if not any(map(bool, _numbers(counts)))]
     assert not idle, f"these attacks have done nothing: {idle}"
+
+
+def attacked_over_paused(took: Mapping[int, float]) -> float:
+    """How many times as long the attacked rounds of a run lasted."""
+    kinds: tuple[list[float], list[float]] = ([], [])
+    for number, seconds in took.items():
+        if number % IN_A_ROW:
+            kinds[number // IN_A_ROW % 2].append(seconds)
+    attacked, paused = map(statistics.median, kinds)
+    print(f"a round took {attacked:.3f} s under attack and {paused:.3f} s without: {kinds}")
+    return attacked / paused
 
 
 def _numbers(counts: dict[str, Any]) -> list[int]:
