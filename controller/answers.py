@@ -21,6 +21,7 @@ __all__ = [
     "lease_ended",
     "put",
     "scale_exceeded",
+    "stopped",
     "task_assigned",
     "task_cancelled",
     "task_completed",
@@ -43,6 +44,8 @@ def task_cancelled(run: Run, event: Logged) -> tuple[Run, str]:
     task = run.tasks.get(event.message.task_id)  # type: ignore[attr-defined]
     if task is None:
         return run, "cancelled after its round"
+    if run.phase is Phase.OPENING and run.plan is not None and run.plan.waits_for_quorum:
+        return put(run, Task(task.task_id, task.learner, task.kind)), ""  # it is asked again
     return put(run, replace(task, cancelled=True)), ""
 
 
@@ -62,7 +65,7 @@ def task_completed(run: Run, event: Logged) -> tuple[Run, str]:
             "learner declares what it trains on when it joins"
         )
         return put(run, failed(task, why, event)), ""
-    if run.terms and task.kind != pb.EVALUATE and (why := _misfit(run, task, done)):
+    if run.terms and task.kind in (pb.INITIALISE, pb.TRAIN) and (why := _misfit(run, task, done)):
         return put(run, failed(task, why, event)), ""
     completed = replace(
         task,
@@ -209,6 +212,13 @@ def failed(task: Task, reason: str, event: Logged) -> Task:
     """The task without an answer that counts, for this reason."""
     cut = reason[:REASON_CHARACTERS_MAX]
     return replace(task, status=Status.FAILED, reason=cut, settled_ns=event.at_ns)
+
+
+def stopped(task: Task, reason: str, event: Logged) -> Task:
+    """The task as the end of its run leaves it: what was not answered will not be."""
+    if task.settled:
+        return task
+    return replace(task, status=Status.STOPPED, reason=reason, settled_ns=event.at_ns)
 
 
 def _check_digest(task: Task) -> Task:

@@ -4,6 +4,8 @@ Rule 1: an effect that is under way is not begun again until the log has answere
 way is not part of the state: after a restart the shell first sees to it that all that was decided
 before is in the log, and then asks what is due.
 Rule 2: nothing is due before the log has been read to its end.
+Rule 3: a stopped run ends after the fold that was under way: the fold uses its files, and what may
+be next is another run's.
 
 Pure: the shell publishes, folds, and comes back with what happened.
 """
@@ -14,10 +16,10 @@ from collections.abc import Iterable
 
 from metisfl.controller.effects import Effect, Fold, Publish, key_of, publish
 from metisfl.controller.lease import Ended
-from metisfl.controller.messages import round_closed, unusable
+from metisfl.controller.messages import model_opened, round_closed, unusable
 from metisfl.controller.round import apply
 from metisfl.controller.scheduling import decide
-from metisfl.controller.state import Logged, Run
+from metisfl.controller.state import Logged, Phase, Run
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
 
@@ -37,22 +39,40 @@ class Conductor:
         self.run, dropped = apply(self.run, event)
         if event.publisher == "controller":
             self._under_way.discard(key_of(event.message))
-            if isinstance(event.message, pb.UpdateUnusable) and not dropped:
+            over = not dropped or self.run.phase is Phase.STOPPING
+            if isinstance(event.message, pb.UpdateUnusable) and over:
                 self._under_way.discard(self._folding)  # the round's fold begins anew
         return dropped
 
     def due(self) -> tuple[Effect, ...]:
         """What the state calls for and is not under way yet. It is from now on."""
-        due = tuple(effect for effect in decide(self.run) if effect.key not in self._under_way)
+        due = tuple(
+            effect
+            for effect in decide(self.run)
+            if effect.key not in self._under_way and not self._must_wait(effect)
+        )
         self._under_way.update(effect.key for effect in due)
         for effect in due:
             if isinstance(effect, Fold):
                 self._folding = effect.key
         return due
 
-    def folded(self, fold: Fold, model_digest: bytes) -> Publish:
-        """The community model is in the store: close the round."""
-        return round_closed(self.run, fold, model_digest)
+    def _must_wait(self, effect: Effect) -> bool:
+        return (
+            self._folding in self._under_way
+            and isinstance(effect, Publish)
+            and isinstance(effect.message, pb.RunFinished)
+            and effect.message.outcome == pb.RunFinished.STOPPED
+        )
+
+    def given_up(self, fold: Fold) -> None:
+        """The run was stopped, and this fold has ended without a model."""
+        self._under_way.discard(fold.key)
+
+    def folded(self, fold: Fold, digest: bytes) -> Publish:
+        """The community model, or what opens it, is in the store: close the round, or open it."""
+        make = model_opened if fold.opens else round_closed
+        return make(self.run, fold, digest)
 
     def unusable(self, fold: Fold, position: int, reason: str) -> Publish:
         """An update cannot be folded: the log is told, and then the others are folded."""

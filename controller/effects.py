@@ -33,15 +33,16 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Make the community model of a round, learners in the order of their names."""
+    """Make a round's community model, or what opens it, learners in the order of their names."""
 
-    key: str  # that of the RoundClosed which it becomes
+    key: str  # that of the RoundClosed or ModelOpened which it becomes
     run_id: str
     round: int
     base_digest: bytes  # empty for round 0
     contributions: tuple[Contribution, ...]
     reference_weight: float
     exponents: tuple[int, ...]  # none in plain mode; none in round 0: all are 0
+    opens: bytes = b""  # the model whose partials these are; empty: they are updates
 
 
 Effect = Publish | Fold
@@ -52,9 +53,9 @@ def key_of(message: Message) -> str:
     kind = message.DESCRIPTOR.name
     if isinstance(message, pb.RoundOpened):
         return f"{kind}:{message.run_id}:{message.round}:{message.attempt}"
-    if isinstance(message, pb.RoundClosed):
+    if isinstance(message, (pb.RoundClosed, pb.ModelOpened)):
         return f"{kind}:{message.run_id}:{message.round}"
-    if isinstance(message, (pb.RunStarted, pb.RunFinished)):
+    if isinstance(message, (pb.RunStarted, pb.RunStopped, pb.RunFinished)):
         return f"{kind}:{message.run_id}"
     task_id = getattr(message, "task_id", "")
     return f"{kind}:{task_id}" if task_id else f"{kind}:learner:{message.learner}"  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metisfl.controller.state import Terms
+from metisfl.controller.store import ModelStore
 from metisfl.native_c.ckks import BlockError, Context, fold_payloads
 from metisfl.proto import ckks
 from metisfl.proto.chunk import exponents_of
@@ -28,7 +29,9 @@ __all__ = [
     "EncryptedUpdate",
     "UnusableUpdate",
     "context_of",
+    "contexts_of",
     "fold_encrypted",
+    "partial_form_of",
     "terms_of",
 ]
 
@@ -54,16 +57,31 @@ class EncryptedUpdate:
     digest: bytes
 
 
-def context_of(public: PublicPart) -> Context:
-    """What the C library must know of a key to add what is encrypted with it."""
-    return Context(public.fingerprint, public.limb_bits, public.ring_dimension, public.modulus)
+def context_of(public: PublicPart, *, partials: bool = False) -> Context:
+    """What the C library must know of a key to add what is encrypted with it, or partials."""
+    fingerprint = public.partial_fingerprint if partials else public.fingerprint
+    return Context(fingerprint, public.limb_bits, public.ring_dimension, public.modulus)
+
+
+def contexts_of(public: PublicPart | None) -> tuple[Context, ...]:
+    """The kinds of blocks that sites send under a key."""
+    if public is None:
+        return ()
+    updates = context_of(public)
+    return (updates, context_of(public, partials=True)) if public.is_joint else (updates,)
+
+
+def partial_form_of(public: PublicPart, store: ModelStore, model_digest: bytes) -> Encryption:
+    """How a site's partial of a model in the store must look. Raises MachineError without it."""
+    with store.open(model_digest) as model:
+        return public.partial_form(model.manifest.encryption.exponents, model_digest)
 
 
 def terms_of(public: PublicPart | None) -> Terms | None:
     """What the key asks of a round."""
     if public is None:
         return None
-    return Terms(public.max_learners, public.min_contributors, public.max_share)
+    return Terms(public.max_learners, public.min_contributors, public.max_share, public.sites)
 
 
 def fold_encrypted(updates: Sequence[EncryptedUpdate], context: Context, target: Path) -> bytes:
@@ -114,8 +132,12 @@ def _changed(models: Sequence[ModelFile], updates: Sequence[EncryptedUpdate]) ->
 
 
 def _sum_manifest(update: Manifest, updates: Sequence[EncryptedUpdate]) -> Manifest:
-    """Few updates: their seeds travel with the sum, and learners rebuild the other half."""
-    forwarded = len(updates) <= ckks.SEEDS_FORWARDED and update.encryption.polynomials == 1
+    """Few updates: their seeds travel with the sum, and learners rebuild the other half.
+
+    Those of partials always do: they stand for masks, which only the sites can take off.
+    """
+    few = len(updates) <= ckks.SEEDS_FORWARDED or bool(update.encryption.opens)
+    forwarded = few and update.encryption.polynomials == 1
     form = Encryption()
     form.CopyFrom(update.encryption)
     form.polynomials = 1 if forwarded else 2

@@ -43,9 +43,9 @@ def _fold_plain(effect: Fold, store: ModelStore, paths: list[Path], draft: Path)
 
 def _fold_encrypted(effect: Fold, public: PublicPart, paths: list[Path], draft: Path) -> bytes:
     # The initial model was not trained on anything: it has no examples.
-    reference = 1.0 if effect.round == 0 else effect.reference_weight
+    reference = 1.0 if effect.round == 0 or effect.opens else effect.reference_weight
     updates = [
         EncryptedUpdate(path, one.learner, one.weight / reference, one.digest)
         for path, one in zip(paths, effect.contributions, strict=True)
     ]
-    return fold_encrypted(updates, context_of(public), draft)
+    return fold_encrypted(updates, context_of(public, partials=bool(effect.opens)), draft)

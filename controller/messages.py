@@ -23,10 +23,12 @@ __all__ = [
     "cancellations",
     "completed",
     "failed",
+    "model_opened",
     "refusals",
     "round_closed",
     "round_opened",
     "seed_of",
+    "stopped",
     "unusable",
 ]
 
@@ -101,28 +103,33 @@ def round_opened(
 
 
 def completed(run: Run, plan: pb.RunStarted) -> Publish:
-    done = pb.RunFinished(
-        run_id=plan.run_id,
-        outcome=pb.RunFinished.COMPLETED,
-        model_digest=run.model_digest,
-        rounds=run.round,
-        record=run.record,
-    )
-    return publish(topics.run_topic(run.federation), done, plan.run_id)
+    return _finished(run, plan, pb.RunFinished.COMPLETED, "")
 
 
 def failed(run: Run, plan: pb.RunStarted, why: str) -> Publish:
     """End the run, with what is known of everyone who was missing."""
     reasons = {name: run.absent[name] for name in plan.learners if name in run.absent}
     reasons |= {task.learner: task.reason for task in run.tasks.values() if task.reason}
+    told = "; ".join([why, *(f"{name}: {reason}" for name, reason in reasons.items())])
+    return _finished(run, plan, pb.RunFinished.FAILED, told)
+
+
+def stopped(run: Run, plan: pb.RunStarted) -> Publish:
+    """End the run because a driver wants it; learners let go of what they were asked, as ever."""
+    return _finished(run, plan, pb.RunFinished.STOPPED, run.stopped)
+
+
+def _finished(
+    run: Run, plan: pb.RunStarted, outcome: pb.RunFinished.Outcome, reason: str
+) -> Publish:
+    """The end, with the model and the record of the last round that was closed, and opened."""
+    closed = 0 if run.closed is None else run.closed.round
     finished = pb.RunFinished(
         run_id=plan.run_id,
-        outcome=pb.RunFinished.FAILED,
-        reason="; ".join([why, *(f"{name}: {reason}" for name, reason in reasons.items())])[
-            :REASON_CHARACTERS_MAX
-        ],
-        model_digest=run.model_digest,
-        rounds=max(run.round - 1, 0) if run.phase is Phase.TRAINING else run.round,
+        outcome=outcome,
+        reason=reason[:REASON_CHARACTERS_MAX],
+        model_digest=run.opened_digest if run.unopened else run.model_digest,
+        rounds=max(0, closed - 1) if run.unopened else closed,
         record=run.record,
     )
     return publish(topics.run_topic(run.federation), finished, plan.run_id)
@@ -150,6 +157,7 @@ def assignments(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
                 exponents=run.exponents if run.phase is Phase.TRAINING else (),
                 privacy=plan.privacy,
                 initial_seed=seed_of(plan.seed, 0, run.initialiser or task.learner),
+                partials_digest=run.partials_digest,
             ),
             task.task_id,
         )
@@ -207,3 +215,14 @@ def round_closed(run: Run, fold: Fold, model_digest: bytes) -> Publish:
             learner=name, kind=asked[name].kind, reason=reason.decode(errors="ignore")
         )
     return publish(topics.run_topic(run.federation), closed, fold.run_id)
+
+
+def model_opened(run: Run, fold: Fold, partials_digest: bytes) -> Publish:
+    """Turn a finished fold of partials into the event that opens its round's model."""
+    opened = pb.ModelOpened(
+        run_id=fold.run_id,
+        round=fold.round,
+        model_digest=fold.opens,
+        partials_digest=partials_digest,
+    )
+    return publish(topics.run_topic(run.federation), opened, fold.run_id)

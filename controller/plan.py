@@ -14,7 +14,7 @@ from metisfl.proto.ckks import check_shares
 from metisfl.proto.events import PAYLOAD_BYTES_MAX
 from metisfl.proto.limits import TENSORS_MAX
 
-__all__ = ["largest", "reference_weight", "refusal", "uncounted"]
+__all__ = ["largest", "mode_of", "reference_weight", "refusal", "uncounted"]
 
 
 def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
@@ -22,7 +22,7 @@ def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
     names = list(plan.learners)
     if sorted(set(names)) != names or plan.quorum > len(names):
         return "learners must be sorted and unique, and the quorum at most their number"
-    privacy = "ckks" if terms else "plain"
+    privacy = mode_of(terms)
     if plan.privacy != privacy:
         have = "holds the public part of a key" if terms else "has no keys/public.ckks"
         return (
@@ -33,6 +33,12 @@ def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
         return (
             f"{len(names)} learners; the key is made for at most {terms.weight_sum_max}: make a "
             f"new one with `metisfl keys new --max-learners {len(names)}`"
+        )
+    if terms and terms.sites and tuple(names) != terms.sites:
+        return (
+            f"its learners are {', '.join(names)}; the joint key's sites are "
+            f"{', '.join(terms.sites)}; all sites of a joint key open a model, and nobody else can: "
+            "change the list, or make another key with `metisfl keys ceremony`"
         )
     if terms and plan.quorum < terms.min_contributors:
         return (
@@ -49,6 +55,13 @@ def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
             f"bytes; at most {PAYLOAD_BYTES_MAX}: shorten the names or invite fewer"
         )
     return ""
+
+
+def mode_of(terms: Terms | None) -> str:
+    """The privacy mode of a federation whose key has these terms."""
+    if terms is None:
+        return "plain"
+    return "ckks-threshold" if terms.sites else "ckks"
 
 
 def uncounted(

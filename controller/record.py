@@ -17,12 +17,15 @@ __all__ = ["record_of"]
 def record_of(run: Run) -> RoundRecord | None:
     """Return the record of the round that is over in this state, or None while one is open.
 
-    A round that failed has one, too: without a model, and with everyone among the missing.
+    A round that failed or was stopped, or whose model was never opened, has one, too: without a
+    model, and with everyone among the missing.
     """
     if run.phase is Phase.FINISHED:
-        return _failed_round(run)
+        return _open_round(run)
     closed, plan = run.closed, run.plan
-    if closed is None or plan is None or run.phase is not Phase.EVALUATING or not run.settled:
+    if closed is None or plan is None or closed.round != run.round or not run.settled:
+        return None
+    if run.unopened:
         return None
     trained = {task.learner: task for task in run.trained.values()}
     evaluation, unevaluated = {}, []
@@ -69,13 +72,14 @@ def _previous(run: Run) -> bytes:
     return run.previous_record if run.recorded == run.round else run.record
 
 
-def _failed_round(run: Run) -> RoundRecord | None:
+def _open_round(run: Run) -> RoundRecord | None:
     """The record of the round that was open when its run ended, if one was."""
-    closed = run.closed is not None and run.closed.round == run.round
+    closed = run.closed is not None and run.closed.round == run.round and not run.unopened
     if run.plan is None or not run.tasks or closed:
         return None
     tasks = sorted(run.tasks.values(), key=lambda task: task.learner)
     absent = {**run.left_out, **{task.learner: missing(task) for task in tasks}}
+    kind, end = ("stopped", "run was stopped") if run.stopped else ("failed", "round failed")
     over_ns = max(task.settled_ns for task in tasks)
     return RoundRecord(
         run_id=run.plan.run_id,
@@ -88,7 +92,7 @@ def _failed_round(run: Run) -> RoundRecord | None:
         invited=tuple(sorted(absent)),
         counted=(),
         missing=tuple(
-            replace(one, reason=one.reason or "answered, but the round failed")
+            one if one.reason else replace(one, kind=kind, reason=f"answered, but the {end}")
             for _, one in sorted(absent.items())
         ),
         evaluation={},

@@ -109,7 +109,7 @@ def _out_of_round(run: Run, name: str, reason: str, event: Logged) -> Run:
     """
     for task in run.tasks.values():
         over = task.status in (Status.COMPLETED, Status.FAILED) or task.kind != pb.TRAIN
-        if task.learner == name and not over:
+        if task.learner == name and not over and not run.stopped:
             run = answers.put(run, answers.failed(task, reason, event))
     return run
 
@@ -253,21 +253,72 @@ def _round_closed(run: Run, event: Logged) -> tuple[Run, str]:
     counted = {one.task_id: one.update_digest for one in closed.counted}
     if counted != {t.task_id: t.stored_digest for t in run.tasks.values() if t.counts}:
         return run, f"round {closed.round} closed with other updates than count now"
-    assert run.plan is not None
-    prefix = f"{run.plan.run_id}.{run.round}.evaluate"
-    scored = present(run, run.plan) if run.round > 0 else []
-    return replace(
+    joint = run.terms.sites if run.terms else ()
+    after = replace(
         run,
-        phase=Phase.EVALUATING,
+        phase=Phase.OPENING if joint else Phase.EVALUATING,
         model_digest=closed.model_digest,
         initialiser=run.initialiser or closed.counted[0].learner,
+        partials_digest=b"",
         trained=run.tasks,
-        tasks=_by_id(Task(f"{prefix}.{name}", name, pb.EVALUATE) for name in scored),
+        tasks=_asked(run, pb.OPEN, joint) if joint else _evaluations(run),
         closed=closed,
         closed_ns=event.at_ns,
-        recent_models=(*run.recent_models, closed.model_digest)[-MODELS_KEPT:],
+        recent_models=_recent(run, closed.model_digest),
         exponents=largest(task.exponents for task in run.tasks.values() if task.counts),
-    ), ""
+    )
+    return (_released(after, run.stopped, event) if run.stopped else after), ""
+
+
+def _run_stopped(run: Run, event: Logged) -> tuple[Run, str]:
+    stopped = event.message
+    assert isinstance(stopped, pb.RunStopped)
+    if why := _stale(run, stopped.run_id):
+        return run, why
+    why = f"stopped by {event.publisher}: {stopped.reason or 'no reason given'}"
+    return _released(run, why[:REASON_CHARACTERS_MAX], event), ""
+
+
+def _released(run: Run, why: str, event: Logged) -> Run:
+    """Stopping: nobody is asked anything more, and what was answered stays."""
+    tasks = _by_id(answers.stopped(task, why, event) for task in run.tasks.values())
+    return replace(run, phase=Phase.STOPPING, stopped=why, tasks=tasks)
+
+
+def _model_opened(run: Run, event: Logged) -> tuple[Run, str]:
+    opened = event.message
+    assert isinstance(opened, pb.ModelOpened)
+    if why := _stale(run, opened.run_id):
+        return run, why
+    if opened.model_digest != run.model_digest:
+        return run, f"round {opened.round} opened while the model of {run.round} is closed"
+    after = replace(
+        run,
+        phase=Phase.EVALUATING,
+        partials_digest=opened.partials_digest,
+        opened_digest=opened.model_digest,
+        tasks=_evaluations(run),
+        recent_models=_recent(run, opened.partials_digest),
+    )
+    return (_released(after, run.stopped, event) if run.stopped else after), ""
+
+
+def _recent(run: Run, digest: bytes) -> tuple[bytes, ...]:
+    """The newest models, under a joint key with what opens each, and now this one."""
+    files = 2 if run.terms and run.terms.sites else 1
+    return (*run.recent_models, digest)[-MODELS_KEPT * files :]
+
+
+def _evaluations(run: Run) -> Mapping[str, Task]:
+    """Whoever is here scores the model of a round; nobody does the initial one."""
+    assert run.plan is not None
+    return _asked(run, pb.EVALUATE, present(run, run.plan) if run.round > 0 else ())
+
+
+def _asked(run: Run, kind: pb.TaskKind, names: Iterable[str]) -> Mapping[str, Task]:
+    assert run.plan is not None
+    prefix = f"{run.plan.run_id}.{run.round}.{pb.TaskKind.Name(kind).lower()}"
+    return _by_id(Task(f"{prefix}.{name}", name, kind) for name in names)
 
 
 def _run_finished(run: Run, event: Logged) -> tuple[Run, str]:
@@ -275,14 +326,17 @@ def _run_finished(run: Run, event: Logged) -> tuple[Run, str]:
     assert isinstance(finished, pb.RunFinished)
     if finished.run_id in run.refused:
         return replace(run, refused=_without(run.refused, finished.run_id)), ""
-    if run.phase not in _RUNNING or run.plan is None or run.plan.run_id != finished.run_id:
+    running = run.phase in _RUNNING or run.phase is Phase.STOPPING
+    if not running or run.plan is None or run.plan.run_id != finished.run_id:
         return run, f"run {finished.run_id} is not under way"
     return replace(run, phase=Phase.FINISHED, finished=finished), ""
 
 
 _ANY = frozenset(Phase)
-_RUNNING = frozenset({Phase.GATHERING, Phase.TRAINING, Phase.EVALUATING})
-_WORKING = frozenset({Phase.TRAINING, Phase.EVALUATING})
+_RUNNING = frozenset({Phase.GATHERING, Phase.TRAINING, Phase.OPENING, Phase.EVALUATING})
+_WORKING = _RUNNING - {Phase.GATHERING}
+# A fold that was under way when the run was stopped comes to its end, and its round counts.
+_FOLDING = frozenset({Phase.TRAINING, Phase.STOPPING})
 
 # event: the phases in which it counts, what it does
 _TRANSITIONS: Mapping[str, tuple[frozenset[Phase], Callable[[Run, Logged], tuple[Run, str]]]] = (
@@ -299,9 +353,11 @@ _TRANSITIONS: Mapping[str, tuple[frozenset[Phase], Callable[[Run, Logged], tuple
             "TaskCompleted": (_WORKING, answers.task_completed),
             "TaskFailed": (_WORKING, answers.task_failed),
             "UpdateStored": (_WORKING, answers.update_stored),
-            "UpdateUnusable": (frozenset({Phase.TRAINING}), answers.update_unusable),
+            "UpdateUnusable": (_FOLDING | {Phase.OPENING}, answers.update_unusable),
             "LeaseEnded": (_RUNNING, answers.lease_ended),
-            "RoundClosed": (frozenset({Phase.TRAINING}), _round_closed),
+            "RoundClosed": (_FOLDING, _round_closed),
+            "RunStopped": (_RUNNING, _run_stopped),
+            "ModelOpened": (frozenset({Phase.OPENING, Phase.STOPPING}), _model_opened),
             "RunFinished": (_ANY, _run_finished),
             "ScaleExceeded": (frozenset({Phase.TRAINING}), answers.scale_exceeded),
         }

@@ -61,10 +61,12 @@ def command(argv: list[str]) -> int:
 
 
 def _check_head(text: str, chain: Chain) -> None:
-    head = text.strip().lower()
+    last, head = chain.records[-1], text.strip().lower()
     if len(head) != DIGEST_CHARACTERS or set(head) - set("0123456789abcdef"):
         raise UserError(f"--head {text[:80]!r}: a SHA-256 has {DIGEST_CHARACTERS} digits of 0-9a-f")
-    if head != chain.head.hex():
+    # What a log names is the last round that was closed; one that was open at the end may follow.
+    named = chain.head if last.model_digest else last.previous
+    if head not in (chain.head.hex(), named.hex()):
         raise ChainBroken(
             f"the newest record has the digest {chain.head.hex()}, not {head}: it was changed, or "
             "records at the end are missing"
@@ -72,7 +74,9 @@ def _check_head(text: str, chain: Chain) -> None:
 
 
 def _lines(record: RoundRecord) -> list[str]:
-    what = "failed" if not record.model_digest else f"{len(record.counted)} counted"
+    what = f"{len(record.counted)} counted" if record.model_digest else "failed"
+    if not record.model_digest and any(one.kind == "stopped" for one in record.missing):
+        what = "stopped"
     metrics = ", ".join(
         f"{name.replace('.', ' ')} {value:.3f}"
         for name, value in record.metrics.items()

@@ -9,6 +9,9 @@ It counts if at least `quorum` updates are in. Else the run fails and says who w
 waits for its quorum asks the silent again. If an encrypted update did not fit the round's
 exponents, the round opens again with larger ones, for all who have an update. One that would be
 more of the sum than its sites open is left out, and the others weigh anew if it weighed them down.
+The model of a joint key is opened before it is scored: all sites of the key give their partials. If
+one is silent the run fails, unless it waits for its quorum; then that site is asked again.
+A run that a driver has stopped calls for its end and for nothing else.
 """
 
 from __future__ import annotations
@@ -155,6 +158,32 @@ def _rescaled(run: Run, plan: pb.RunStarted) -> Publish | None:
     )
 
 
+def _decide_opening(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
+    pending = messages.assignments(run, plan) + messages.cancellations(run)
+    waited_for = (Status.LAPSED,) if plan.waits_for_quorum else ()
+    tasks = [task for task in run.tasks.values() if task.status not in waited_for]
+    if any(task.settled and not task.counts for task in tasks):
+        why = (
+            f"round {run.round} is folded and cannot be opened: every site of the joint key has to "
+            "give its partial. What earlier rounds gave is not lost: make a key with the sites "
+            "that are there (`metisfl keys ceremony`), and go on from it"
+        )
+        return (*pending, messages.failed(run, plan, why))
+    if not run.settled or len(tasks) < len(run.tasks):
+        return pending
+    fold = Fold(
+        key=f"ModelOpened:{plan.run_id}:{run.round}",
+        run_id=plan.run_id,
+        round=run.round,
+        base_digest=b"",
+        contributions=_contributions(run),
+        reference_weight=1.0,
+        exponents=(),
+        opens=run.model_digest,
+    )
+    return (*pending, fold)
+
+
 def _decide_evaluating(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     pending = messages.assignments(run, plan) + messages.cancellations(run)
     if not run.settled:
@@ -170,22 +199,29 @@ def _decide_evaluating(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
     return (*pending, messages.failed(run, plan, why))
 
 
+def _decide_stopping(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
+    return (messages.stopped(run, plan),)
+
+
 _DECISIONS: Mapping[Phase, Callable[[Run, pb.RunStarted], tuple[Effect, ...]]] = MappingProxyType(
     {
         Phase.GATHERING: _decide_gathering,
         Phase.TRAINING: _decide_training,
+        Phase.OPENING: _decide_opening,
         Phase.EVALUATING: _decide_evaluating,
+        Phase.STOPPING: _decide_stopping,
     }
 )
 
 
 def _contributions(run: Run) -> tuple[Contribution, ...]:
+    weighted = run.round > 0 and run.phase is Phase.TRAINING
     return tuple(
         Contribution(
             learner=task.learner,
             task_id=task.task_id,
             digest=task.stored_digest,
-            weight=1.0 if run.round == 0 else float(task.completion.examples),
+            weight=float(task.completion.examples) if weighted else 1.0,
         )
         for task in sorted(run.tasks.values(), key=_by_learner)
         if task.counts and task.completion is not None

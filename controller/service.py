@@ -18,7 +18,7 @@ import structlog
 from metisfl import __version__
 from metisfl.broker.client import BrokerClient, Claim, ClientKeys, Credentials, Outbox
 from metisfl.controller.bulk import BulkEndpoint
-from metisfl.controller.encrypted_fold import context_of
+from metisfl.controller.encrypted_fold import contexts_of
 from metisfl.controller.gate import keep_gate
 from metisfl.controller.shell import Controller
 from metisfl.controller.spool import Spool
@@ -74,7 +74,7 @@ async def serve(options: argparse.Namespace, stop: run.StopSignal) -> None:
         store = ModelStore(home / "models", limit_bytes=options.models_limit)
         spool = Spool(
             home / "spool",
-            context=context_of(public) if public else None,
+            contexts=contexts_of(public),
             limit_bytes=options.spool_limit,
         )
         audit = Audit(home / AUDIT_FILE)

@@ -25,7 +25,7 @@ from metisfl.broker.client import BrokerClient, Outbox, Record
 from metisfl.controller.bulk import BulkEndpoint, Expected
 from metisfl.controller.conductor import Conductor
 from metisfl.controller.effects import Fold, Publish
-from metisfl.controller.encrypted_fold import UnusableUpdate, terms_of
+from metisfl.controller.encrypted_fold import UnusableUpdate, partial_form_of, terms_of
 from metisfl.controller.folding import fold_round
 from metisfl.controller.lease import Leases
 from metisfl.controller.record import record_of
@@ -217,6 +217,8 @@ class Controller:
                 counted=[one.learner for one in closed.counted],
                 missing={one.learner: one.reason for one in closed.missing},
             )
+        if after.stopped and not before.stopped and self._live:
+            _log.info("run stopped", run=after.plan.run_id if after.plan else "", why=after.stopped)
         if finished is not None and before.finished is None and self._live:
             outcome = pb.RunFinished.Outcome.Name(finished.outcome)
             _log.info(
@@ -227,7 +229,7 @@ class Controller:
             )
 
     def _record(self, record: Record, message: Message, dropped: str, *, was_open: bool) -> None:
-        """Keep for good who asked for a run and what became of it, once, whatever is read again.
+        """Keep for good who asks for a run or stops it, and its end: once, whatever is read again.
 
         A run that was refused may be asked for as often as somebody likes.
         """
@@ -237,6 +239,16 @@ class Controller:
             write("run asked for", by=record.publisher, run=message.run_id, event=record.sequence)
         elif isinstance(message, pb.RunStarted) and self._live:
             self._audit.refused("run refused", record.publisher, run=message.run_id, why=dropped)
+        elif isinstance(message, pb.RunStopped) and not dropped:
+            write(
+                "run stopped",
+                by=record.publisher,
+                run=message.run_id,
+                reason=message.reason,
+                event=record.sequence,
+            )
+        elif isinstance(message, pb.RunStopped) and self._live:
+            self._audit.refused("stop refused", record.publisher, run=message.run_id, why=dropped)
         elif finished is not None and was_open:
             write(
                 "run finished",
@@ -280,11 +292,15 @@ class Controller:
         """Tell the bulk endpoint whose updates are welcome now."""
         run = self._conductor.run
         plan = run.plan
-        if plan is None or run.phase is not Phase.TRAINING:
+        if plan is None or run.phase not in (Phase.TRAINING, Phase.OPENING):
             self._bulk.expect({})
             return
         run_digest = federation_digest(self._federation, plan.run_id)
-        form = self._public.update_form(run.exponents) if self._public else None
+        form = None
+        if self._public and run.phase is Phase.OPENING:
+            form = partial_form_of(self._public, self._store, run.model_digest)
+        elif self._public:
+            form = self._public.update_form(run.exponents)
         self._bulk.expect(
             {
                 task.task_id: Expected(
@@ -319,6 +335,10 @@ class Controller:
             self._publish([self._conductor.unusable(effect, error.position, str(error))])
             return
         except NoRoom as error:
+            if self.run.phase is Phase.STOPPING:
+                self._conductor.given_up(effect)
+                self._act()
+                return
             _log.error("the round cannot be folded yet, trying again", why=str(error))
             await asyncio.sleep(ROOM_S)
             self._begin(self._fold(effect))

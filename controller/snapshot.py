@@ -21,7 +21,7 @@ from metisfl.proto.records import Missing
 
 __all__ = ["pack", "unpack"]
 
-VERSION: Final = 1
+VERSION: Final = 3
 
 Way = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
@@ -82,6 +82,8 @@ RUN: Final[Mapping[str, Way]] = {
     "reference_weight": AS_IS,
     "exponents": LIST,
     "model_digest": AS_IS,
+    "partials_digest": AS_IS,
+    "opened_digest": AS_IS,
     "initialiser": AS_IS,
     "tasks": TASKS,
     "left_out": _mapping(
@@ -96,6 +98,7 @@ RUN: Final[Mapping[str, Way]] = {
     "record": AS_IS,
     "previous_record": AS_IS,
     "recorded": AS_IS,
+    "stopped": AS_IS,
     "finished": _message(pb.RunFinished),
     "refused": TEXTS,
 }

@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -247,17 +247,17 @@ class Spool:
         self,
         folder: Path,
         *,
-        context: ckks.Context | None = None,
+        contexts: Iterable[ckks.Context] = (),
         limit_bytes: int | None = None,
         reserve_bytes: int = RESERVE_BYTES,
         update_bytes_max: int = UPDATE_BYTES_MAX,
     ) -> None:
-        """Open or create `folder`. `context` is that of encrypted updates.
+        """Open or create `folder`. `contexts` are those that encrypted updates may have.
 
         `limit_bytes` bounds the folder; None leaves it to the disk. Raises MachineError if it
         cannot be used.
         """
-        self._trial = None if context is None else ckks.Fold(context)
+        self._trials = {one.fingerprint: ckks.Fold(one) for one in contexts}
         self.folder = folder
         self._room = Room(folder, "--spool-limit", limit_bytes, reserve_bytes)
         self._update_bytes_max = update_bytes_max
@@ -329,7 +329,8 @@ class Spool:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise MachineError(f"{path}: {error.strerror}") from None
-        staged = StagedUpdate(path, descriptor, digest, manifest, self._trial)
+        trial = self._trials.get(manifest.encryption.fingerprint)
+        staged = StagedUpdate(path, descriptor, digest, manifest, trial)
         try:
             if os.fstat(descriptor).st_size == part_bytes and (
                 os.pread(descriptor, len(header), 0) == header

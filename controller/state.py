@@ -22,7 +22,9 @@ class Phase(Enum):
     IDLE = "idle"
     GATHERING = "gathering"  # waiting for the learners to join
     TRAINING = "training"  # a round is open (round 0 builds the initial model)
+    OPENING = "opening"  # a round is closed, the sites of a joint key give their partials
     EVALUATING = "evaluating"  # a round is closed, its model is being scored
+    STOPPING = "stopping"  # a driver has stopped the run; nothing more is asked of anyone
     FINISHED = "finished"
 
 
@@ -34,6 +36,7 @@ class Status(Enum):
     FAILED = "failed"
     LEFT = "left"  # the learner has, and says why
     LAPSED = "lapsed"
+    STOPPED = "stopped"  # the run was, before there was an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Terms:
     weight_sum_max: int
     min_contributors: int = 1
     max_share: float = 1.0
+    sites: tuple[str, ...] = ()  # of a joint key: only all of them together open a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ class Run:
     reference_weight: float = 1.0
     exponents: tuple[int, ...] = ()  # of the open round, or those that the next one begins with
     model_digest: bytes = b""
+    partials_digest: bytes = b""  # of what opens that model, under a joint key; empty: not open yet
+    opened_digest: bytes = b""  # the newest model that was opened
     initialiser: str = ""  # who built the initial model
     tasks: Mapping[str, Task] = MappingProxyType({})  # of this phase, by task id
     left_out: Mapping[str, Missing] = MappingProxyType({})  # of earlier attempts at this round
@@ -113,6 +119,7 @@ class Run:
     record: bytes = b""  # digest of the newest record of this run
     previous_record: bytes = b""  # of the one before it
     recorded: int = -1  # the round that `record` is of
+    stopped: str = ""  # by whom the run is stopped and why, in words
     finished: pb.RunFinished | None = None
     refused: Mapping[str, str] = MappingProxyType({})  # runs asked for in vain, not told yet: why
 
@@ -120,6 +127,12 @@ class Run:
     def settled(self) -> bool:
         """Whether nothing more is expected of anyone who was asked."""
         return all(task.settled for task in self.tasks.values())
+
+    @property
+    def unopened(self) -> bool:
+        """Whether the newest model is one of a joint key that nobody can read yet."""
+        joint = self.terms is not None and bool(self.terms.sites)
+        return joint and self.closed is not None and not self.partials_digest
 
     def declared_by(self, learner: str) -> int:
         """The examples that it declared; 0 if it did not say."""
@@ -132,6 +145,10 @@ class Run:
         assert self.gone <= self.absent.keys()
         assert (self.plan is None) == (self.phase is Phase.IDLE)
         assert (self.finished is not None) == (self.phase is Phase.FINISHED)
+        if self.stopped:
+            assert self.phase in (Phase.STOPPING, Phase.FINISHED)
+            assert self.settled, "who was asked is released"
+        assert self.stopped or self.phase is not Phase.STOPPING
         learners = [task.learner for task in self.tasks.values()]
         assert len(set(learners)) == len(learners), "a learner has one task at a time"
         for task in self.tasks.values():
@@ -145,6 +162,11 @@ class Run:
                 assert sorted(counted + missing) == sorted(asked)
 
 
+_KINDS: Mapping[Status, str] = MappingProxyType(
+    {Status.LAPSED: "late", Status.LEFT: "left", Status.STOPPED: "stopped"}
+)
+
+
 def present(run: Run, plan: pb.RunStarted) -> list[str]:
     """The learners of the plan who are members now, by name."""
     return [name for name in plan.learners if name in run.members]
@@ -152,5 +174,5 @@ def present(run: Run, plan: pb.RunStarted) -> list[str]:
 
 def missing(task: Task) -> Missing:
     """Why the answer to this task does not count."""
-    kind = {Status.LAPSED: "late", Status.LEFT: "left"}.get(task.status, "failed")
+    kind = _KINDS.get(task.status, "failed")
     return Missing(task.learner, kind, task.reason)

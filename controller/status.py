@@ -8,6 +8,8 @@ Pure: times come in.
 
 from __future__ import annotations
 
+from typing import Final
+
 from metisfl.controller.lease import Leases
 from metisfl.controller.quorum import reachable
 from metisfl.controller.state import Phase, Run, Status, present
@@ -15,6 +17,8 @@ from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import AWAITED_MAX
 
 __all__ = ["status_of"]
+
+NAMED_MAX: Final = 8
 
 
 def status_of(run: Run, leases: Leases, now: float, unix_ns: int) -> pb.ControllerStatus:
@@ -50,6 +54,8 @@ def status_of(run: Run, leases: Leases, now: float, unix_ns: int) -> pb.Controll
 def _waits_for(run: Run, plan: pb.RunStarted, awaited: int) -> str:
     if run.phase is Phase.FINISHED:
         return "a driver that asks for a run"
+    if run.phase is Phase.STOPPING:
+        return ""
     if run.settled:
         here = len(present(run, plan))
         short = here < plan.quorum and reachable(run, plan)
@@ -58,6 +64,10 @@ def _waits_for(run: Run, plan: pb.RunStarted, awaited: int) -> str:
         if short:
             return f"the quorum: {here} of {plan.quorum} learners are here"
         return ""
+    if run.phase is Phase.OPENING:
+        names = sorted(task.learner for task in run.tasks.values() if not task.settled)
+        more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+        return f"the partials of {', '.join(names[:NAMED_MAX])}{more}"
     if run.phase is Phase.TRAINING and _asked_again(run):
         counted = sum(task.counts for task in run.tasks.values())
         return f"the quorum: round {run.round} has {counted} of {plan.quorum} updates"

@@ -30,7 +30,7 @@ from metisfl.proto import topics
 from metisfl.proto.errors import MachineError, PeerError
 from metisfl.proto.events import decode
 
-__all__ = ["Status", "command", "lines"]
+__all__ = ["PATIENCE_S", "Status", "command", "lines", "told_by_controller"]
 
 PATIENCE_S: Final = 5.0  # the controller tells once a second, and is heard about as soon
 
@@ -88,7 +88,7 @@ async def _ask(file: Path, home: Path | None, insecure: bool) -> Status:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         outbox = Outbox(connection, access.principal)
         async with access.client(outbox) as client:
-            told = asyncio.ensure_future(_told(client, federation.name))
+            told = asyncio.ensure_future(told_by_controller(client, federation.name))
             try:
                 broker = await client.status(PATIENCE_S)
                 controller = await asyncio.wait_for(told, PATIENCE_S)
@@ -100,7 +100,7 @@ async def _ask(file: Path, home: Path | None, insecure: bool) -> Status:
     return Status(federation.name, broker, controller)
 
 
-async def _told(client: BrokerClient, federation: str) -> pb.ControllerStatus:
+async def told_by_controller(client: BrokerClient, federation: str) -> pb.ControllerStatus:
     """What the controller says next of itself."""
     async for beat in client.beats(topics.beat_topic(federation, topics.ALL)):
         message = decode(beat.type, beat.payload)

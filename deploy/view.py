@@ -15,7 +15,15 @@ from google.protobuf.message import Message
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.records import pool_metrics
 
-__all__ = ["LearnerView", "View", "lines", "readable_bytes", "shown_metric", "shown_missing"]
+__all__ = [
+    "LearnerView",
+    "View",
+    "lines",
+    "readable_bytes",
+    "shown_kept",
+    "shown_metric",
+    "shown_missing",
+]
 
 
 _NO = (pb.TaskFailed, pb.ScaleExceeded)
@@ -177,6 +185,8 @@ def lines(before: View, message: Message) -> list[str]:
     if isinstance(message, pb.ControllerStatus):
         news = message.run_id == before.run_id and message.waits_for != before.waits_for
         return [f"waiting for {message.waits_for}"] if news and _is_stuck(message) else []
+    if isinstance(message, pb.RunStopped) and message.run_id == before.run_id:
+        return [f"the run is being stopped: {message.reason or 'no reason given'}"]
     over = isinstance(message, (pb.RoundOpened, pb.RunFinished)) and message.run_id == before.run_id
     if over and before.closed is not None and before.closed.round == before.round:
         return [_round_line(before, before.closed)]
@@ -212,6 +222,18 @@ def shown_missing(rounds: int, missed: Mapping[str, Sequence[int]]) -> list[str]
         f"{name} is not in {len(without)} of {rounds} rounds: {', '.join(map(str, without))}"
         for name, without in sorted(missed.items())
     ]
+
+
+def shown_kept(end: pb.RunFinished) -> str:
+    """What is left of a run that was stopped."""
+    if not end.model_digest:
+        return "no round was closed, so there is no model"
+    name = end.model_digest.hex()
+    model = f"the community model of round {end.rounds}" if end.rounds else "the initial model"
+    return (
+        f"stopped after round {end.rounds}; {model} is {name}, which the controller has as "
+        f"models/{name}.model in its home until another run has a model"
+    )
 
 
 def shown_metric(view: View) -> str:

@@ -19,19 +19,25 @@ from metisfl.deploy.database import transaction
 from metisfl.deploy.run import first_end
 from metisfl.deploy.screen import Screen
 from metisfl.deploy.settings import Federation
-from metisfl.deploy.view import LearnerView, View
+from metisfl.deploy.view import LearnerView, View, shown_kept
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto import topics
 from metisfl.proto.errors import MetisError, PeerError
 from metisfl.proto.events import decode, may_send
 
-__all__ = ["Follower", "RunFailed", "new_view", "watch"]
+__all__ = ["Follower", "RunFailed", "RunStopped", "new_view", "watch"]
 
 
 class RunFailed(MetisError):
     """The federation could not finish the run; the text is its reason."""
 
     exit_code = 1
+
+
+class RunStopped(RunFailed):
+    """A driver has stopped the run; the text says who, why, and what is kept."""
+
+    exit_code = 5
 
 
 def new_view(federation: Federation) -> View:
@@ -53,7 +59,7 @@ async def watch(
     screen: Screen,
     meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> View:
-    """Return the view of the completed run. Raises RunFailed, or what `meanwhile` raises.
+    """Return the view of the completed run. Raises RunFailed, RunStopped, what `meanwhile` raises.
 
     `connection` is the driver's own database.
     """
@@ -73,6 +79,8 @@ async def watch(
         await first_end([asyncio.ensure_future(part) for part in parts])
     finished = follower.view.finished
     assert finished is not None
+    if finished.outcome == pb.RunFinished.STOPPED:
+        raise RunStopped(f"the run was {finished.reason}; {shown_kept(finished)}")
     if finished.outcome != pb.RunFinished.COMPLETED:
         raise RunFailed(f"the run failed: {finished.reason}")
     return follower.view

@@ -59,9 +59,14 @@ def refusal(task: pb.TaskAssigned, privacy: str) -> str:
     )
 
 
-def job_of(task: pb.TaskAssigned, home: Home, trained: t.Outcome | None) -> Job:
-    """The job that does a task. With `trained` an earlier attempt did all but the sealing."""
-    encrypted = task.privacy == "ckks"
+def job_of(
+    task: pb.TaskAssigned, home: Home, trained: t.Outcome | None, mark: t.Mark | None = None
+) -> Job:
+    """The job that does a task. With `trained` an earlier attempt did all but the sealing.
+
+    `mark` says what this site has given in the run so far.
+    """
+    encrypted = task.privacy in ("ckks", t.JOINT)
     given = task.hyperparameters
     return Job(
         kind="seal" if trained is not None else _KINDS[task.kind],  # type: ignore[arg-type]
@@ -70,18 +75,31 @@ def job_of(task: pb.TaskAssigned, home: Home, trained: t.Outcome | None) -> Job:
         update_path=home.update_path(task.task_id),
         hyperparameters=Hyperparameters(given.epochs, given.batch_size, given.learning_rate),
         keep_folder=home.fresh_final(task.run_id) if task.keep_model else None,
-        opening=_opening(task, home) if encrypted and task.model_digest else None,
-        sealing=_sealing(task, home, trained) if encrypted and task.kind != pb.EVALUATE else None,
+        opening=_opening(task, home, mark) if encrypted and task.model_digest else None,
+        sealing=_sealing(task, home, trained) if encrypted and task.kind in _SEALED else None,
     )
 
 
-_KINDS = {pb.INITIALISE: "initialise", pb.TRAIN: "train", pb.EVALUATE: "evaluate"}
+_KINDS = {
+    pb.INITIALISE: "initialise",
+    pb.TRAIN: "train",
+    pb.OPEN: "open",
+    pb.EVALUATE: "evaluate",
+}
+_SEALED = (pb.INITIALISE, pb.TRAIN)
 
 
-def _opening(task: pb.TaskAssigned, home: Home) -> Opening:
-    # Round 1 trains from the model of round 0; a round is evaluated with its own.
+def _opening(task: pb.TaskAssigned, home: Home, mark: t.Mark | None) -> Opening:
+    # Round 1 trains from the model of round 0; a round is opened and evaluated with its own.
     initial = task.round == (1 if task.kind == pb.TRAIN else 0)
-    return Opening(home.plain_path(task.model_digest), task.initial_seed, initial)
+    opening = Opening(home.plain_path(task.model_digest), task.initial_seed, initial)
+    if task.kind == pb.OPEN:
+        given = mark.given_digest if mark is not None and mark.given_round == task.round else b""
+        return replace(opening, model_digest=task.model_digest, own=(task.learner, given))
+    if task.partials_digest:
+        partials = home.model_path(task.partials_digest)
+        return replace(opening, partials_path=partials, model_digest=task.model_digest)
+    return opening
 
 
 def _sealing(task: pb.TaskAssigned, home: Home, trained: t.Outcome | None) -> Sealing:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from metisfl.learner.crypto import load_openfhe
+from metisfl.learner.openfhe_door import load_openfhe
 
 PARAMS = 131_072
 TURNS = 5

@@ -7,8 +7,8 @@ Rule 2: the bytes may come from anywhere. What is not understood is a PeerError,
 
 The layout (cereal portable binary, little-endian; the same for OpenFHE 1.3.1 to 1.6.1): one byte,
 1; an object with the whole crypto context, opaque here; the key's tag (u64 32, then 32 hex digits);
-in a ciphertext the number of its elements (u64 2); the elements; in a ciphertext a tail. An
-element:
+in a ciphertext or public key the number of its elements (u64 2, in a partial decryption 1); the
+elements; in a ciphertext a tail. An element:
 
     [u32 class version, the first time]  u64 number of towers, 1
     [u32 class version, the first time]  u32 0x40000000  u8 1
@@ -28,7 +28,7 @@ from typing import Final
 
 from metisfl.proto.errors import PeerError
 
-__all__ = ["Layout", "parse_ciphertext", "parse_secret_key"]
+__all__ = ["Layout", "parse_ciphertext", "parse_public_key", "parse_secret_key"]
 
 BYTES_MAX: Final = 4 << 20
 RING_MAX: Final = 1 << 16
@@ -55,14 +55,21 @@ class Layout:
         return self.ring_dimension * LIMB_BYTES
 
 
-def parse_ciphertext(data: bytes) -> Layout:
-    """Find both polynomials of a ciphertext of one tower. Raises PeerError."""
+def parse_ciphertext(data: bytes, polynomials: int = 2) -> Layout:
+    """Find the polynomials of a ciphertext of one tower, or with 1 that of a partial decryption.
+
+    Raises PeerError.
+    """
     cursor = _Cursor(data)
-    cursor.skip_to_tag()
-    cursor.expect("Q", 2, "number of elements")
-    elements = [cursor.element() for _ in range(2)]
+    elements = cursor.elements(polynomials)
     cursor.take(_TAIL_BYTES, "tail")
     return _layout(cursor, elements)
+
+
+def parse_public_key(data: bytes) -> Layout:
+    """Find both polynomials of a public key of one tower: b = -a s + e, and a. Raises PeerError."""
+    cursor = _Cursor(data)
+    return _layout(cursor, cursor.elements(2))
 
 
 def parse_secret_key(data: bytes) -> Layout:
@@ -115,6 +122,12 @@ class _Cursor:
         if tag is None:
             raise PeerError(f"no key tag within {CONTEXT_BYTES_MAX} bytes")
         self._place = tag.end()
+
+    def elements(self, count: int) -> list[tuple[int, int, int]]:
+        """Pass the context, the tag and so many elements."""
+        self.skip_to_tag()
+        self.expect("Q", count, "number of elements")
+        return [self.element() for _ in range(count)]
 
     def element(self) -> tuple[int, int, int]:
         """Pass one element; return the offset of its limbs, the ring dimension, the modulus."""

@@ -1,22 +1,17 @@
 """CKKS at a site: OpenFHE encrypts and decrypts; limbs go in and out through its serialisation.
 
-Rule 1: the only file that imports OpenFHE. What it does is proved when it is loaded: a sum that the
-C library folded must come back exact, else this OpenFHE is refused.
+Rule 1: what OpenFHE does is proved when a key is loaded: a sum that the C library folded must come
+back exact, else this OpenFHE is refused.
 Rule 2: a seed comes from the operating system, for one block, and is never used again under a key:
 two updates with one seed would show their difference.
-Rule 3: a ciphertext that arrives becomes limbs in a ciphertext of our own making; OpenFHE never
-reads a byte from elsewhere.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -24,41 +19,27 @@ from numpy.typing import NDArray
 
 from metisfl.deploy.ckks_keys import PUBLIC_FILE, load_public, load_secret
 from metisfl.learner.ciphertext_layout import Layout, parse_ciphertext, parse_secret_key
+from metisfl.learner.openfhe_door import (
+    Template,
+    another_openfhe,
+    load_openfhe,
+    new_context,
+    version,
+)
 from metisfl.learner.packing import coefficients_of, round_to_grid, slots_of
+from metisfl.learner.partials import hide, reveal
 from metisfl.native_c import ckks as native
 from metisfl.proto import ckks
 from metisfl.proto.ckks_key import PublicPart, SecretPart
 from metisfl.proto.errors import MachineError, MetisError, PeerError, UserError
 
-__all__ = ["Crypto", "generate", "load_openfhe"]
+__all__ = ["Crypto", "generate"]
 
-OPENFHE_KNOWN: Final = "1.6.1"
-"""The release that the extra `fhe` installs."""
-OPENMP_THREADS: Final = "OMP_NUM_THREADS"
 THREADS_MAX: Final = 4
 SELF_TEST_LEARNERS: Final = 3
 
 Floats = NDArray[np.float64]
 Limbs = NDArray[np.uint64]
-
-
-def load_openfhe() -> ModuleType:
-    """The openfhe package. Raises MachineError where it is missing."""
-    # Its threads split a ciphertext by towers, of which there is one; ours are faster. It asks
-    # once; what an application starts later is none of our business.
-    asked = os.environ.get(OPENMP_THREADS)
-    os.environ.setdefault(OPENMP_THREADS, "1")
-    try:
-        import openfhe
-    except ImportError as error:
-        raise MachineError(
-            f"OpenFHE cannot be loaded ({error}); install it with `pip install metisfl[fhe]`, on "
-            "Python 3.10, or 3.12 with glibc 2.38, and libgomp1"
-        ) from None
-    finally:
-        if asked is None:
-            del os.environ[OPENMP_THREADS]
-    return openfhe  # type: ignore[no-any-return]
 
 
 def generate(
@@ -87,10 +68,10 @@ def generate(
             + "a key for fewer learners, or promise less"
         )
     try:
-        context = _new_context(openfhe, limb_bits, found.scaling_bits)
+        context = new_context(openfhe, limb_bits, found.scaling_bits)
         pair = context.KeyGen()
     except (RuntimeError, TypeError, AttributeError) as problem:
-        raise _another_openfhe(problem) from problem
+        raise another_openfhe(problem) from problem
     public = PublicPart(
         profile=profile,
         limb_bits=limb_bits,
@@ -103,71 +84,12 @@ def generate(
         min_contributors=min_contributors,
         max_share=max_share,
         verify=verify,
+        site_names="",
         context=openfhe.Serialize(context, openfhe.BINARY),
         public_key=openfhe.Serialize(pair.publicKey, openfhe.BINARY),
     )
     secret = SecretPart(public.fingerprint, openfhe.Serialize(pair.secretKey, openfhe.BINARY))
     return public, secret
-
-
-def _new_context(openfhe: ModuleType, limb_bits: int, scaling_bits: int) -> Any:
-    settings = openfhe.CCParamsCKKSRNS()
-    settings.SetMultiplicativeDepth(0)
-    settings.SetFirstModSize(limb_bits)
-    settings.SetScalingModSize(scaling_bits)
-    settings.SetSecurityLevel(openfhe.HEStd_128_classic)
-    settings.SetScalingTechnique(openfhe.FLEXIBLEAUTO)
-    settings.SetKeySwitchTechnique(openfhe.BV)  # without the keys of the other, N is half
-    settings.SetCKKSDataType(openfhe.COMPLEX)
-    context = openfhe.GenCryptoContext(settings)
-    context.Enable(openfhe.PKE)
-    context.Enable(openfhe.LEVELEDSHE)
-    return context
-
-
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """A ciphertext of ours: its bytes, and where its limbs are."""
-
-    data: bytes
-    layout: Layout
-
-    def limbs(self, data: bytes) -> list[Limbs]:
-        """The limbs of a ciphertext that differs from the template in nothing else.
-
-        Cheaper than parsing each. Raises MachineError.
-        """
-        size = self.layout.polynomial_bytes
-        if len(data) != len(self.data):
-            raise _another_openfhe("ciphertexts of one key have several lengths")
-        end = 0
-        for place in (*self.layout.polynomials, len(data)):
-            if data[end:place] != self.data[end:place]:
-                raise _another_openfhe("ciphertexts of one key differ in more than their limbs")
-            end = place + size
-        ring = self.layout.ring_dimension
-        return [np.frombuffer(data, "<u8", ring, place) for place in self.layout.polynomials]
-
-    def with_limbs(self, polynomials: Iterable[Limbs]) -> bytes:
-        """The template with these limbs."""
-        data = bytearray(self.data)
-        for place, limbs in zip(self.layout.polynomials, polynomials, strict=True):
-            data[place : place + limbs.nbytes] = limbs.tobytes()
-        return bytes(data)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("openfhe")
-    except metadata.PackageNotFoundError:
-        return "without a version"
-
-
-def _another_openfhe(what: object) -> MachineError:
-    return MachineError(
-        f"OpenFHE {_version()} does not do what MetisFL relies on ({what}); "
-        f"{OPENFHE_KNOWN} does: install it with `pip install metisfl[fhe]`"
-    )
 
 
 class Crypto:
@@ -180,8 +102,15 @@ class Crypto:
         self.context = native.Context(
             public.fingerprint, public.limb_bits, public.ring_dimension, public.modulus
         )
+        self.partial_context = replace(self.context, fingerprint=public.partial_fingerprint)
+        self._mask_key = secret.mask_key
         if secret.fingerprint != public.fingerprint:
             raise UserError("the secret part belongs to another key than the public part")
+        if bool(secret.mask_key) != public.is_joint:
+            raise UserError(
+                "the secret part has a mask key, or lacks one, against what the public part says; take "
+                "both from the folder in which they were made"
+            )
         binary = self._openfhe.BINARY
         try:
             self._context = self._openfhe.DeserializeCryptoContextString(public.context, binary)
@@ -189,7 +118,7 @@ class Crypto:
             self._secret_key = self._openfhe.DeserializePrivateKeyString(secret.secret_key, binary)
         except (RuntimeError, MemoryError) as error:
             raise UserError(
-                f"OpenFHE {_version()} cannot read this key ({error}); copy both parts again from "
+                f"OpenFHE {version()} cannot read this key ({error}); copy both parts again from "
                 "the site that made it"
             ) from None
         self.threads = min(THREADS_MAX, os.cpu_count() or 1)
@@ -198,11 +127,11 @@ class Crypto:
             self._secret = self._secret_limbs()
             self._by_secret = self._template(self._secret_key)
             self._by_public = self._template(self._public_key)
-            self._self_test()
+            (self._joint_self_test if public.is_joint else self._self_test)()
         except MachineError:
             raise
         except (MetisError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise _another_openfhe(error) from error
+            raise another_openfhe(error) from error
 
     @classmethod
     def load(cls, folder: Path) -> Crypto:
@@ -226,10 +155,11 @@ class Crypto:
         """Encrypt grid values into block `index` of `count`.
 
         `values` are multiples of 2^-grid_bits, at most the largest sum of weights. In the
-        secret-key form a fresh seed stands for half of every ciphertext; in the public-key form
-        both halves are there.
+        secret-key form a fresh seed stands for half of every ciphertext; in the public-key form,
+        which is that of a joint key, both halves are there.
         """
         c0, c1 = np.empty(values.shape, np.uint64), np.empty(values.shape, np.uint64)
+        public_key = public_key or self.public.is_joint
         key, template = self._secret_key, self._by_secret
         if public_key:
             key, template = self._public_key, self._by_public
@@ -266,30 +196,108 @@ class Crypto:
         exponents_digest: bytes,
     ) -> Floats:
         """Decrypt a block, (ciphertexts, N), rounded to the grid. Raises native_c's BlockError."""
+        place = {"index": index, "count": count}
+        return self.decrypted(*self._opened(block, ciphertexts, exponents_digest, place))
+
+    def partial_block(
+        self,
+        block: bytes | bytearray | memoryview,
+        *,
+        ciphertexts: int,
+        exponents_digest: bytes,
+        partials_digest: bytes,
+        **place: int,
+    ) -> bytearray:
+        """This site's partial of a block of a model, masked. Raises BlockError.
+
+        The digests are those that the blocks of the model and of its partials name.
+        """
+        _, c1 = self._opened(block, ciphertexts, exponents_digest, place)
+        return hide(
+            self.partial_context,
+            self.partials(c1),
+            self._mask_key,
+            exponents_digest=partials_digest,
+            **place,
+        )
+
+    def decrypt_jointly(
+        self,
+        block: bytes | bytearray | memoryview,
+        partials: bytes | bytearray | memoryview,
+        *,
+        ciphertexts: int,
+        exponents_digest: bytes,
+        partials_digest: bytes,
+        **place: int,
+    ) -> Floats:
+        """Decrypt a block, (ciphertexts, N), with the fold of all sites' partials of it.
+
+        Raises BlockError, and PeerError if they are not those of all sites.
+        """
+        c0, _ = self._opened(block, ciphertexts, exponents_digest, place)
+        sums, count = reveal(
+            self.partial_context,
+            partials,
+            self._mask_key,
+            ciphertexts=ciphertexts,
+            exponents_digest=partials_digest,
+            **place,
+        )
+        if count != len(self.public.sites):
+            raise PeerError(
+                f"the partials of {count} sites; the key has {len(self.public.sites)}, and all "
+                "have to give theirs"
+            )
+        c0 += sums
+        c0 %= np.uint64(self.public.modulus)
+        return self.decrypted(c0, np.zeros_like(c0))
+
+    def _opened(
+        self, block: Any, ciphertexts: int, exponents_digest: bytes, place: dict[str, int]
+    ) -> tuple[Limbs, Limbs]:
         shape = ciphertexts, self.public.ring_dimension
         c0, c1 = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
         native.open_block(
-            self.context,
-            block,
-            index=index,
-            count=count,
-            exponents_digest=exponents_digest,
-            c0=c0,
-            c1=c1,
+            self.context, block, exponents_digest=exponents_digest, c0=c0, c1=c1, **place
         )
-        slots = np.empty((shape[0], shape[1] // 2), np.complex128)
+        return c0, c1
+
+    def decrypted(self, c0: Limbs, c1: Limbs) -> Floats:
+        """What these ciphertexts hold, rounded to the grid. Of a c1 of zeros no key matters."""
+        slots = np.empty((len(c0), c0.shape[1] // 2), np.complex128)
 
         def decrypt(row: int) -> None:
-            data = self._by_secret.with_limbs((c0[row], c1[row]))
-            found = self._openfhe.DeserializeCiphertextString(data, self._openfhe.BINARY)
-            plain = self._context.Decrypt(self._secret_key, found)
+            plain = self._context.Decrypt(self._secret_key, self._object(c0[row], c1[row]))
             plain.SetLength(slots.shape[1])
             slots[row] = plain.GetCKKSPackedValueArray()
 
-        list(self._threads.map(decrypt, range(ciphertexts)))
+        list(self._threads.map(decrypt, range(len(c0))))
         values = coefficients_of(slots)
         self.to_grid(values)
         return values
+
+    def partials(self, c1: Limbs, key: Any = None) -> Limbs:
+        """c1 times this site's share of a joint key, flooded: each time with other noise.
+
+        Whoever gets many of the same c1 averages the noise away, and has the share.
+        """
+        found = np.empty(c1.shape, np.uint64)
+        share, zeros = key or self._secret_key, np.zeros(c1.shape[1], np.uint64)
+
+        def decrypt(row: int) -> None:
+            (one,) = self._context.MultipartyDecryptMain([self._object(zeros, c1[row])], share)
+            data = self._openfhe.Serialize(one, self._openfhe.BINARY)
+            layout = parse_ciphertext(data, 1)
+            self._check_ring(layout)
+            found[row] = np.frombuffer(data, "<u8", layout.ring_dimension, *layout.polynomials)
+
+        list(self._threads.map(decrypt, range(len(c1))))
+        return found
+
+    def _object(self, c0: Limbs, c1: Limbs) -> Any:
+        data = self._by_secret.with_limbs((c0, c1))
+        return self._openfhe.DeserializeCiphertextString(data, self._openfhe.BINARY)
 
     def to_grid(self, values: Floats) -> None:
         """Round to the key's grid, in place."""
@@ -302,12 +310,12 @@ class Crypto:
         )
         return data
 
-    def _template(self, key: Any) -> _Template:
+    def _template(self, key: Any) -> Template:
         slots = np.zeros(self.public.ring_dimension // 2, np.complex128)
         fresh = self._serialised(key, slots)
         layout = parse_ciphertext(fresh)
         self._check_ring(layout)
-        return _Template(fresh, layout)
+        return Template(fresh, layout)
 
     def _secret_limbs(self) -> Limbs:
         data = self._openfhe.Serialize(self._secret_key, self._openfhe.BINARY)
@@ -355,4 +363,34 @@ class Crypto:
             allowed = 2 * noise * 2.0**-self.public.scaling_bits
             off = float(np.abs(found - sent.sum(axis=0)).max())
             if not off <= allowed:
-                raise _another_openfhe(f"a sum came back wrong by {off:.1e}")
+                raise another_openfhe(f"a sum came back wrong by {off:.1e}")
+
+    def _joint_self_test(self) -> None:
+        """The same under the joint key of two shares that are made for it and thrown away."""
+        digest = ckks.exponents_digest([0])
+        shares = [self._context.MultipartyKeyGen(self._public_key, False, True) for _ in range(2)]
+        first, second = (share.publicKey for share in shares)
+        joint = self._context.MultiAddPubKeys(first, second, first.GetKeyTag())
+        sent = np.random.default_rng(0).uniform(-1, 1, (2, self.public.ring_dimension))
+        self.to_grid(sent)
+        template, modulus = self._template(joint), np.uint64(self.public.modulus)
+        sums = [
+            sum(limbs) % modulus
+            for limbs in zip(
+                *(template.limbs(self._serialised(joint, slots)) for slots in slots_of(sent)),
+                strict=True,
+            )
+        ]
+        place = {"index": 0, "count": 1, "exponents_digest": digest}
+        with native.Fold(self.partial_context) as fold:
+            fold.begin(0, 1, 1, digest, 1)
+            for share in shares:
+                partial = self.partials(sums[1][None], share.secretKey)
+                fold.absorb(hide(self.partial_context, partial, self._mask_key, **place))
+            block = bytearray(fold.out_bytes)
+            fold.finalise(block)
+        opened, _ = reveal(self.partial_context, block, self._mask_key, ciphertexts=1, **place)
+        c0 = (sums[0][None] + opened) % modulus
+        off = float(np.abs(self.decrypted(c0, np.zeros_like(c0)) - sent.sum(axis=0)).max())
+        if off:
+            raise another_openfhe(f"a sum under a joint key came back wrong by {off:.1e}")

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from metisfl.learner.crypto import Crypto
 from metisfl.learner.jobs import JobLine, Jobs
+from metisfl.learner.partial_file import make_partial
 from metisfl.learner.sealed_file import Exceeded, open_sealed, seal
 from metisfl.learner.worker_messages import DURABLE_S, Job, Result, Sealing
 from metisfl.proto import ckks
@@ -39,6 +41,8 @@ class EncryptedJobs:
         if job.kind == "seal":
             assert job.sealing is not None
             return self._seal(job, job.sealing, Result(examples=job.sealing.examples))
+        if job.kind == "open":
+            return self._partial(job)
         plain = job
         if job.model_path is not None:
             plain = replace(plain, model_path=self._opened(job, job.model_path))
@@ -53,9 +57,11 @@ class EncryptedJobs:
         assert opening is not None, f"{job.kind} without a word on how to open the model"
         if opening.plain_path.exists():
             return opening.plain_path
-        with open_model(path) as model:
+        with ExitStack() as files:
+            model = files.enter_context(open_model(path))
             if not is_encrypted(model.manifest):
                 raise PeerError("the model is plain, in a federation that is encrypted")
+            partials = opening.partials_path
             open_sealed(
                 self._crypto,
                 model,
@@ -63,8 +69,31 @@ class EncryptedJobs:
                 others=lambda: self._jobs.initial(opening.initial_seed),
                 progress=lambda _: self._line.go_on(0.0),  # what follows is the job itself
                 initial=opening.initial,
+                partials=None if partials is None else files.enter_context(open_model(partials)),
+                model_digest=opening.model_digest,
             )
         return opening.plain_path
+
+    def _partial(self, job: Job) -> Result:
+        """This site's part in opening a model under a joint key."""
+        opening, path = job.opening, job.update_path
+        assert opening is not None
+        assert opening.own is not None
+        assert job.model_path is not None
+        assert path is not None
+        started_s = time.perf_counter()
+        with open_model(job.model_path) as model:
+            digest = make_partial(
+                self._crypto,
+                model,
+                path,
+                model_digest=opening.model_digest,
+                own=opening.own,
+                initial=opening.initial,
+                progress=self._line.go_on,
+            )
+        sync_folder(path.parent)
+        return Result(digest=digest, durable=True, training_s=time.perf_counter() - started_s)
 
     def _seal(self, job: Job, sealing: Sealing, trained: Result) -> Result:
         """Seal the trained file; return what was `trained`, with the update or what exceeded."""

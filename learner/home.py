@@ -9,6 +9,7 @@ Rule 2: in an encrypted federation plain weights lie in `models/*.plain` and in 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -57,10 +58,12 @@ class Home:
         folder.mkdir(parents=True)
         return folder
 
-    def drop_models(self) -> None:
-        """Delete all community models, for a new one to come."""
+    def drop_models(self, but: Collection[bytes] = ()) -> None:
+        """Delete all community models but these, for a new one to come."""
+        kept = {digest.hex() for digest in but}
         for path in self._models.glob("*.model"):
-            path.unlink()
+            if path.stem not in kept:
+                path.unlink()
         self._drop_plain()
 
     def _drop_plain(self) -> None:
@@ -107,4 +110,4 @@ def _round_name(task: pb.TaskAssigned) -> str:
 
 
 def _trains(task: pb.TaskAssigned) -> bool:
-    return task.kind != pb.EVALUATE
+    return task.kind in (pb.INITIALISE, pb.TRAIN)

@@ -10,7 +10,7 @@ sum of weights, and each step rounds as IEEE 754 says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metisfl.learner.crypto import Crypto
+from metisfl.learner.model_blocks import block_ranges, read_block, unreadable
+from metisfl.learner.opening_policy import check_partials, check_policy
 from metisfl.learner.packing import as_float64, pieces, scale_down, scale_up
 from metisfl.native_c import Accumulator
 from metisfl.native_c.ckks import BlockError
 from metisfl.proto import ckks
-from metisfl.proto.chunk import chunk_count, chunk_extent, exponents_of
-from metisfl.proto.errors import MachineError, PeerError, UserError
+from metisfl.proto.chunk import chunk_count, exponents_of
+from metisfl.proto.errors import PeerError, UserError
 from metisfl.proto.model_file import ModelFile, ModelWriter
 from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import (
@@ -50,8 +52,6 @@ Progress = Callable[[float], None]
 """Takes the fraction done, after each block; what it raises ends the work."""
 
 SLICE_VALUES: Final = 1 << 16
-DAMAGED: Final = frozenset({"magic", "version", "checksum", "length"})
-"""What a block is refused for when its bytes have changed; else it was made wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def seal(
     values = encrypted_values(manifest)
     count, digest = chunk_count(manifest), exponents_of(manifest)
     with ModelWriter(path, serialise_manifest(manifest)) as writer:
-        for index, (start, rows) in enumerate(_ranges(crypto, values)):
+        for index, (start, rows) in enumerate(block_ranges(crypto, values)):
             block = np.zeros((rows, crypto.public.ring_dimension))
             flat = block.reshape(-1)
             source.fill(flat[: min(flat.size, values - start)], start, weight, exponents)
@@ -122,8 +122,13 @@ def open_sealed(
     others: Callable[[], Sequence[Tensor]],
     progress: Progress,
     initial: bool = False,
+    partials: ModelFile | None = None,
+    model_digest: bytes = b"",
 ) -> None:
     """Decrypt the community model in `model` into a plain model file at `path`.
+
+    Under a joint key `partials` is the fold of all sites' partials of it, and `model_digest` the
+    digest that they name.
 
     Integer and bool tensors come from `others()`, this site's own initial model, if there are any.
     The initial model may be a single site's; any other must keep to the key's policy. Raises
@@ -131,14 +136,16 @@ def open_sealed(
     model, MachineError for a damaged file, OSError.
     """
     manifest = model.manifest
-    _check_policy(crypto, manifest, initial)
+    check_policy(crypto.public, manifest, initial=initial)
+    if crypto.public.is_joint:
+        check_partials(crypto.public, partials, manifest, model_digest)
     plain = Manifest(tensors=manifest.tensors, payload_bytes=plain_payload_bytes(manifest))
     local = [spec for spec in plain.tensors if spec.dtype not in FLOATS]
     kept = others() if local else []
     if local and (difference := compare_manifests(manifest_of(kept), plain)):
         raise UserError(f"this site's app builds another model: {difference}")
     weight_sum = math.fsum(share.weight for share in manifest.encryption.shares) or 1.0
-    sums = _Sums(crypto, model, weight_sum, progress)
+    sums = _Sums(crypto, model, partials, weight_sum, progress)
     exponents = iter(manifest.encryption.exponents)
     with ExitStack() as stack:
         writer = stack.enter_context(ModelWriter(path, serialise_manifest(plain)))
@@ -162,41 +169,6 @@ def open_sealed(
                 writer.append(values.reshape(-1).view("u1").data if values.size else b"")
                 end = spec.offset + values.nbytes
         writer.commit(sync=False)
-
-
-def _check_policy(crypto: Crypto, manifest: Manifest, initial: bool) -> None:
-    form, public = manifest.encryption, crypto.public
-    if form.fingerprint != public.fingerprint:
-        raise PeerError(
-            f"the model is encrypted with the key {form.fingerprint.hex()}; this site has "
-            f"{public.fingerprint.hex()}: put parts of one key into all keys folders"
-        )
-    if (form.limb_bits, form.ring_dimension) != (public.limb_bits, public.ring_dimension):
-        raise PeerError(
-            f"the model has limbs of {form.limb_bits} bits in rings of {form.ring_dimension}; the "
-            f"key has {public.limb_bits} and {public.ring_dimension}"
-        )
-    shares = [(share.learner, share.weight) for share in form.shares]
-    total = math.fsum(weight for _, weight in shares)
-    if len(shares) > public.max_learners or not ckks.weights_fit(total, public.max_learners):
-        raise PeerError(
-            f"the model is the sum of {len(shares)} updates with a weight of {total:.6g}; the key "
-            f"is made for up to {public.max_learners}"
-        )
-    if initial and len(shares) <= 1:
-        return
-    if not shares:
-        raise PeerError("the model does not say whose updates it holds; it cannot be opened")
-    if problem := ckks.check_shares(shares, public.min_contributors, public.max_share):
-        raise PeerError(f"the model is not opened: {problem}")
-
-
-def _ranges(crypto: Crypto, values: int) -> Iterator[tuple[int, int]]:
-    """The first value and the number of ciphertexts of each block."""
-    ring, step = crypto.public.ring_dimension, crypto.context.block_ciphertexts
-    whole = ckks.ciphertexts(values, ring)
-    for first in range(0, whole, step):
-        yield first * ring, min(step, whole - first)
 
 
 class _Source:
@@ -236,10 +208,16 @@ class _Sums:
     """The decrypted sums of a model as one vector of float64, read front to back."""
 
     def __init__(
-        self, crypto: Crypto, model: ModelFile, weight_sum: float, progress: Progress
+        self,
+        crypto: Crypto,
+        model: ModelFile,
+        partials: ModelFile | None,
+        weight_sum: float,
+        progress: Progress,
     ) -> None:
         self._crypto = crypto
         self._model = model
+        self._partials = partials
         self._progress = progress
         self._count = chunk_count(model.manifest)
         self._digest = exponents_of(model.manifest)
@@ -247,7 +225,7 @@ class _Sums:
         half_steps = max(1, len(model.manifest.encryption.shares)) / 2
         self._most = weight_sum + math.ldexp(half_steps, -crypto.public.grid_bits)
         self.values_of_block = crypto.context.block_ciphertexts * crypto.public.ring_dimension
-        self._blocks = enumerate(_ranges(crypto, encrypted_values(model.manifest)))
+        self._blocks = enumerate(block_ranges(crypto, encrypted_values(model.manifest)))
         self._here: Floats = np.empty(0)
 
     def take(self, most: int) -> Floats:
@@ -259,24 +237,24 @@ class _Sums:
 
     def _next_block(self) -> Floats:
         index, (_, rows) = next(self._blocks)
-        start, stop = chunk_extent(index, self._model.manifest)
+        block = read_block(self._model, index)
+        place = {"index": index, "count": self._count}
         try:
-            values = self._crypto.decrypt_block(
-                self._model.pread(start, stop - start),
-                ciphertexts=rows,
-                index=index,
-                count=self._count,
-                exponents_digest=self._digest,
-            )
+            if self._partials is None:
+                values = self._crypto.decrypt_block(
+                    block, ciphertexts=rows, exponents_digest=self._digest, **place
+                )
+            else:
+                values = self._crypto.decrypt_jointly(
+                    block,
+                    read_block(self._partials, index),
+                    ciphertexts=rows,
+                    exponents_digest=self._digest,
+                    partials_digest=exponents_of(self._partials.manifest),
+                    **place,
+                )
         except BlockError as error:
-            if error.code in DAMAGED:
-                raise MachineError(
-                    f"{self._model.path} is damaged in block {index}: {error}; delete it and fetch "
-                    "it again"
-                ) from None
-            raise PeerError(
-                f"block {index} of the model is not as its manifest says: {error}"
-            ) from None
+            raise unreadable(self._model, index, error) from None
         if not float(np.abs(values).max()) <= self._most:
             # Not by how much: the controller reads this, and must not learn what was decrypted.
             raise PeerError(

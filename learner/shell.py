@@ -47,6 +47,12 @@ __all__ = ["SOFTWARE", "Learner"]
 BEAT_S: Final = 1.0
 CANCEL_GRACE_S: Final = 5.0
 KILLS_FORGIVEN: Final = 2  # of one task's process; an application that crashes always fails after
+DONE: Final = {
+    pb.INITIALISE: "built the model",
+    pb.TRAIN: "trained",
+    pb.OPEN: "partial made",
+    pb.EVALUATE: "evaluated",
+}
 ROOM_S: Final = 0.5  # between two offers to a controller whose disk is full; below any lease
 SOFTWARE: Final = f"metisfl {__version__}"
 
@@ -84,11 +90,11 @@ class Learner:
         self._worker = worker
         self._public = public
         self._on_record = on_record
-        self._privacy = "plain" if public is None else "ckks"
+        self._privacy = "plain" if public is None else public.privacy
         self._table = TaskTable(connection)
         self._tasks = self._saved = self._table.load(name)
         self._verified = b""  # the model whose fold this process has done again
-        self._fetched = b""  # the model that this process has seen to be whole
+        self._fetched: list[bytes] = []  # what this process has seen to be whole
         self._cursors: dict[str, int] = {}  # how far lanes were read since the last save
         self._activities: dict[str, asyncio.Task[None]] = {}  # by task id
         self._endings: set[asyncio.Task[None]] = set()
@@ -247,12 +253,14 @@ class Learner:
             self._activities[task_id].cancel()
 
     async def _fetch(self, task: pb.TaskAssigned) -> None:
-        digest, path = task.model_digest, self._home.model_path(task.model_digest)
-        here = digest == self._fetched or (
-            path.exists() and await asyncio.to_thread(is_intact, path, digest)
-        )
-        if not here:
-            self._home.drop_models()
+        wanted = [one for one in (task.model_digest, task.partials_digest) if one]
+        for digest in wanted:
+            path = self._home.model_path(digest)
+            if digest in self._fetched or (
+                path.exists() and await asyncio.to_thread(is_intact, path, digest)
+            ):
+                continue
+            self._home.drop_models(wanted)
             try:
                 await self._bulk.download(
                     digest, path, on_progress=partial(self._progress, task, "fetching")
@@ -260,7 +268,7 @@ class Learner:
             except DownloadRefused as error:  # as when the round is long over
                 self._fail(task, f"the controller has not given the model: {error}")
                 return
-        self._fetched = digest
+        self._fetched = wanted
         self._handle([t.Fetched(task.task_id)])
 
     async def _work(self, task: pb.TaskAssigned, trained: t.Outcome | None) -> None:
@@ -278,7 +286,8 @@ class Learner:
             return
         self._working = task.task_id
         try:
-            result = await self._run(job_of(task, self._home, trained), on_progress)
+            mark = self._tasks.marks.get(task.run_id)
+            result = await self._run(job_of(task, self._home, trained, mark), on_progress)
         except TrainingCancelled as error:
             _log.info("stopped", why=str(error))
             return
@@ -289,8 +298,7 @@ class Learner:
             self._working = ""
             if task.task_id not in self._tasks.jobs:
                 self._home.sweep(self._tasks, writing=False)
-        done = {pb.INITIALISE: "built the model", pb.TRAIN: "trained", pb.EVALUATE: "evaluated"}
-        what = done[task.kind] if trained is None else "sealed again"
+        what = DONE[task.kind] if trained is None else "sealed again"
         _log.info(what, examples=result.examples, seconds=round(result.training_s, 3))
         outcome = outcome_of(result, trained)
         if result.exceeded:
@@ -315,8 +323,8 @@ class Learner:
         """
         if self._public is None or self._public.verify != "full":
             return True
-        if task.model_digest in (b"", self._verified):
-            return True
+        if task.model_digest in (b"", self._verified) or task.partials_digest:
+            return True  # what all sites have given their partials of was verified before
         try:
             await verify(
                 self._home.model_path(task.model_digest),

@@ -14,7 +14,7 @@ import msgpack
 from google.protobuf.message import DecodeError
 
 from metisfl.deploy.database import transaction
-from metisfl.learner.task import Job, Outcome, Stage, Tasks
+from metisfl.learner.task import Job, Mark, Outcome, Stage, Tasks
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.errors import MachineError
 
@@ -29,6 +29,14 @@ CREATE TABLE IF NOT EXISTS task (
     outcome BLOB
 )
 """
+_MARKS = """
+CREATE TABLE IF NOT EXISTS mark (
+    run_id TEXT PRIMARY KEY,
+    given_round INTEGER NOT NULL,
+    given_digest BLOB NOT NULL,
+    opened_round INTEGER NOT NULL
+)
+"""
 
 
 class TaskTable:
@@ -38,6 +46,7 @@ class TaskTable:
         self._connection = connection
         with transaction(connection):
             connection.execute(_SCHEMA)
+            connection.execute(_MARKS)
 
     def load(self, learner: str) -> Tasks:
         """Return the tasks as they were last saved. Raises MachineError for a damaged row."""
@@ -54,10 +63,20 @@ class TaskTable:
                     f"the row of task {task_id!r:.80} in learner.db is damaged: {error}; delete it "
                     "from the table `task`: the round goes on without this task"
                 ) from None
-        return Tasks(learner, MappingProxyType(jobs))
+        marks = {
+            run_id: Mark(*values)
+            for run_id, *values in self._connection.execute("SELECT * FROM mark ORDER BY rowid")
+        }
+        return Tasks(learner, MappingProxyType(jobs), marks=MappingProxyType(marks))
 
     def save(self, before: Tasks, after: Tasks) -> None:
         """Write what differs, inside the caller's transaction."""
+        for run_id, mark in after.marks.items():
+            if before.marks.get(run_id) is not mark:
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?)",
+                    (run_id, mark.given_round, mark.given_digest, mark.opened_round),
+                )
         for task_id in before.jobs.keys() - after.jobs.keys():
             self._connection.execute("DELETE FROM task WHERE task_id = ?", (task_id,))
         for task_id, job in after.jobs.items():

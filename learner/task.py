@@ -10,6 +10,8 @@ never trained again; work that was cut is done again, from the same inputs.
 Rule 5: a round asks for one thing of a kind. It may be opened again, since an update did not fit
 into its exponents; then the later attempt takes the earlier one's place, and what is trained is
 sealed again, not trained again.
+Rule 6: of one round this site makes one partial, and only of a model whose word about this site's
+own update is true. What may have left is never made again: from many of them the key could be read.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from metisfl.learner.task_events import (
     Fetch,
     Fetched,
     Lost,
+    Opened,
     Outcome,
     Report,
     RoundOver,
@@ -61,6 +64,8 @@ __all__ = [
     "Fetched",
     "Job",
     "Lost",
+    "Mark",
+    "Opened",
     "Outcome",
     "Report",
     "RoundOver",
@@ -78,6 +83,8 @@ __all__ = [
 
 
 RUNS_REMEMBERED: Final = 4
+NONE_OVER: Final = (-1, 0)
+JOINT: Final = "ckks-threshold"
 
 
 class Stage(Enum):
@@ -101,14 +108,26 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """How far this site is in a run: the last update that it gave, the last round it opened."""
+
+    given_round: int = -1
+    given_digest: bytes = b""
+    opened_round: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Tasks:
     """All jobs of a learner, by task id, oldest first."""
 
     learner: str
     jobs: Mapping[str, Job] = MappingProxyType({})
-    over: Mapping[str, float] = MappingProxyType({})
-    """The newest round known to be over, by run (inf: the whole run). Assignments come by another
-    lane and may be read later. It is not kept on disk: who asks for what is over asks in vain."""
+    over: Mapping[str, tuple[float, int]] = MappingProxyType({})
+    """The newest step known to be over, by run: its round (inf: the whole run) and its rank.
+    Assignments come by another lane and may be read later. It is not kept on disk: who asks for
+    what is over asks in vain."""
+    marks: Mapping[str, Mark] = MappingProxyType({})
+    """By run, kept for good; only of runs whose models are opened by all sites together."""
 
     def validate(self) -> None:
         """Assert what holds between any two events."""
@@ -128,24 +147,20 @@ def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
     """Return the state after an event and what to do."""
     if isinstance(event, Assigned):
         return _assigned(tasks, event.task)
-    if isinstance(event, RoundOver):
-        tasks = _note_over(tasks, event.run_id, event.round)
+    if isinstance(event, (RoundOver, Opened)):
+        kind = pb.OPEN if isinstance(event, Opened) else pb.TRAIN
+        tasks = _note_over(tasks, event.run_id, (event.round, _RANK[kind]))
         return _forget(tasks, lambda job: _is_over(tasks, job.assigned))
     if isinstance(event, RunOver):
-        tasks = _note_over(tasks, event.run_id, math.inf)
+        tasks = _note_over(tasks, event.run_id, (math.inf, 0))
         return _forget(tasks, lambda job: job.assigned.run_id == event.run_id)
     if isinstance(event, Cancelled):
-        return _forget(tasks, lambda job: job.assigned.task_id == event.task_id)
+        return _forget(tasks, lambda job: job.assigned.task_id == event.task_id and not _left(job))
     job = tasks.jobs.get(event.task_id)
     if job is None or not job.active:
         return tasks, ()
     if isinstance(event, Failed):
-        failed = pb.TaskFailed(
-            task_id=event.task_id,
-            learner=tasks.learner,
-            reason=event.reason[:REASON_CHARACTERS_MAX],
-        )
-        return _report(tasks, job, failed)
+        return _report(tasks, job, _failure(tasks, job, event.reason))
     if isinstance(event, Fetched) and job.stage is Stage.FETCHING:
         return _put(tasks, replace(job, stage=Stage.WORKING)), (Work(job.assigned),)
     if isinstance(event, Done) and job.stage is Stage.WORKING:
@@ -160,7 +175,10 @@ def handle(tasks: Tasks, event: Event) -> tuple[Tasks, tuple[Effect, ...]]:
         return _report(tasks, replace(job, outcome=event.outcome), exceeded)
     if isinstance(event, Uploaded) and job.stage is Stage.UPLOADING:
         assert job.outcome is not None
+        tasks = _marked(tasks, job, job.outcome)
         return _report(tasks, job, _completed(tasks, job, job.outcome))
+    if isinstance(event, Lost) and job.assigned.kind == pb.OPEN:
+        return _report(tasks, job, _failure(tasks, job, "the partial is lost, and is made once"))
     if isinstance(event, Lost) and job.outcome is not None:
         left = _unsealed(job.outcome) if job.stage is Stage.UPLOADING else None
         again = _started(replace(job, outcome=left))
@@ -178,13 +196,28 @@ def _assigned(tasks: Tasks, task: pb.TaskAssigned) -> tuple[Tasks, tuple[Effect,
         return tasks, ()
     outcome = None
     for before in tasks.jobs.values():
+        if before.assigned.task_id == task.task_id and task.kind == pb.OPEN:
+            return _asked_again(tasks, before)
         if before.assigned.run_id == task.run_id and _place(before.assigned) >= _place(task):
             return tasks, ()
         if _asked(before.assigned) == _asked(task):
             outcome = _unsealed(before.outcome)
     tasks, effects = _forget(tasks, lambda job: True)
     job = _started(Job(task, outcome=outcome))
+    opened = tasks.marks.get(task.run_id, Mark()).opened_round
+    if task.kind == pb.OPEN and task.round <= opened:
+        why = f"this site has opened round {opened} of this run; it opens each round once, in order"
+        tasks, reports = _report(tasks, job, _failure(tasks, job, why))
+        return tasks, (*effects, *reports)
     return _put(tasks, job), (*effects, *_begin(job))
+
+
+def _asked_again(tasks: Tasks, job: Job) -> tuple[Tasks, tuple[Effect, ...]]:
+    """A partial is awaited still: it, or what was said of it, may have come too late to count."""
+    if job.active:
+        return tasks, ()
+    again = _started(job) if job.outcome is None else replace(job, stage=Stage.UPLOADING)
+    return _put(tasks, again), _begin(again)
 
 
 def _asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
@@ -192,9 +225,12 @@ def _asked(task: pb.TaskAssigned) -> tuple[str, int, int]:
     return task.run_id, task.round, task.kind
 
 
-def _place(task: pb.TaskAssigned) -> tuple[int, bool, int]:
+_RANK: Final = {pb.INITIALISE: 0, pb.TRAIN: 0, pb.OPEN: 1, pb.EVALUATE: 2}
+
+
+def _place(task: pb.TaskAssigned) -> tuple[int, int, int]:
     """Where a task stands in its run."""
-    return task.round, task.kind == pb.EVALUATE, task.attempt
+    return task.round, _RANK[task.kind], task.attempt
 
 
 def _unsealed(outcome: Outcome | None) -> Outcome | None:
@@ -208,6 +244,8 @@ def _worked(tasks: Tasks, job: Job, outcome: Outcome) -> tuple[Tasks, tuple[Effe
     if job.assigned.kind == pb.EVALUATE:
         return _report(tasks, job, _completed(tasks, job, outcome))
     uploading = replace(job, stage=Stage.UPLOADING, outcome=outcome)
+    if job.assigned.kind == pb.OPEN:  # from here on it may leave this site
+        tasks = _marked(tasks, job, outcome)
     return _put(tasks, uploading), _begin(uploading)
 
 
@@ -224,13 +262,39 @@ def _completed(tasks: Tasks, job: Job, outcome: Outcome) -> pb.TaskCompleted:
     )
 
 
+def _left(job: Job) -> bool:
+    """Whether a partial may have left this site: its round's end alone makes it superfluous."""
+    return job.assigned.kind == pb.OPEN and job.outcome is not None
+
+
+def _failure(tasks: Tasks, job: Job, reason: str) -> pb.TaskFailed:
+    return pb.TaskFailed(
+        task_id=job.assigned.task_id,
+        learner=tasks.learner,
+        reason=reason[:REASON_CHARACTERS_MAX],
+    )
+
+
+def _marked(tasks: Tasks, job: Job, outcome: Outcome) -> Tasks:
+    """With a note of what this site has given in a run that all sites open together."""
+    task = job.assigned
+    if task.privacy != JOINT:
+        return tasks
+    mark = tasks.marks.get(task.run_id, Mark())
+    if task.kind == pb.OPEN:
+        mark = replace(mark, opened_round=task.round)
+    else:
+        mark = replace(mark, given_round=task.round, given_digest=outcome.update_digest)
+    return replace(tasks, marks=MappingProxyType({**tasks.marks, task.run_id: mark}))
+
+
 def _report(tasks: Tasks, job: Job, message: Answer) -> tuple[Tasks, tuple[Effect, ...]]:
     return _put(tasks, replace(job, stage=Stage.REPORTED)), (Report(message),)
 
 
-def _note_over(tasks: Tasks, run_id: str, round_number: float) -> Tasks:
+def _note_over(tasks: Tasks, run_id: str, step: tuple[float, int]) -> Tasks:
     """Remember it with what is known of the run before that one."""
-    newest = max(round_number, tasks.over.get(run_id, -1))
+    newest = max(step, tasks.over.get(run_id, NONE_OVER))
     known = {key: value for key, value in tasks.over.items() if key != run_id}
     last = dict([*known.items()][-(RUNS_REMEMBERED - 1) :])
     return replace(tasks, over=MappingProxyType({**last, run_id: newest}))
@@ -238,8 +302,7 @@ def _note_over(tasks: Tasks, run_id: str, round_number: float) -> Tasks:
 
 def _is_over(tasks: Tasks, task: pb.TaskAssigned) -> bool:
     """Updates of a closed round are done with; its evaluation is only about to begin."""
-    newest = tasks.over.get(task.run_id, -1)
-    return task.round < newest or (task.round == newest and task.kind != pb.EVALUATE)
+    return (task.round, _RANK[task.kind]) <= tasks.over.get(task.run_id, NONE_OVER)
 
 
 def _forget(tasks: Tasks, over: Callable[[Job], bool]) -> tuple[Tasks, tuple[Effect, ...]]:

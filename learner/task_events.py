@@ -25,6 +25,7 @@ __all__ = [
     "Fetch",
     "Fetched",
     "Lost",
+    "Opened",
     "Outcome",
     "Report",
     "RoundOver",
@@ -67,6 +68,14 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class RoundOver:
+    run_id: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """All sites have given their partials of this round's model."""
+
     run_id: str
     round: int
 
@@ -120,6 +129,7 @@ Event = (
     Assigned
     | Cancelled
     | RoundOver
+    | Opened
     | RunOver
     | Fetched
     | Done
@@ -185,6 +195,8 @@ def told_by(message: Message) -> Event | None:
         return Cancelled(message.task_id)
     if isinstance(message, pb.RoundClosed):
         return RoundOver(message.run_id, message.round)
+    if isinstance(message, pb.ModelOpened):
+        return Opened(message.run_id, message.round)
     if isinstance(message, pb.RunFinished):
         return RunOver(message.run_id)
     return None

@@ -52,7 +52,6 @@ async def verify(
     Raises NotTheFold (also for a model that is gone or damaged here), DownloadRefused for an update
     that the controller does not give, MachineError for a full disk.
     """
-    context = Context(public.fingerprint, public.limb_bits, public.ring_dimension, public.modulus)
     try:
         opened = open_model(path)
     except (FileNotFoundError, MachineError) as error:
@@ -75,7 +74,7 @@ async def verify(
                     on_progress((number + done) / steps)
 
                 await bulk.download(share.update_digest, updates[-1], on_progress=tell)
-            found = await _folded(model, updates, context, lambda: on_progress((steps - 1) / steps))
+            found = await _folded(model, updates, public, lambda: on_progress((steps - 1) / steps))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     if found != digest:
@@ -86,11 +85,11 @@ async def verify(
 
 
 async def _folded(
-    model: ModelFile, updates: Sequence[Path], context: Context, tell: Callable[[], None]
+    model: ModelFile, updates: Sequence[Path], public: PublicPart, tell: Callable[[], None]
 ) -> bytes:
     """The digest of the fold, computed in a thread; `tell` is called meanwhile."""
     stopped = threading.Event()
-    fold = asyncio.ensure_future(asyncio.to_thread(_digest, model, updates, context, stopped))
+    fold = asyncio.ensure_future(asyncio.to_thread(_digest, model, updates, public, stopped))
     try:
         while not fold.done():
             await asyncio.wait([fold], timeout=PROGRESS_S)
@@ -102,10 +101,11 @@ async def _folded(
 
 
 def _digest(
-    model: ModelFile, updates: Sequence[Path], context: Context, stopped: threading.Event
+    model: ModelFile, updates: Sequence[Path], public: PublicPart, stopped: threading.Event
 ) -> bytes:
     """The digest of the fold of `updates` under the manifest of `model`. Raises NotTheFold."""
     result = content_hash(model.manifest_bytes)
+    context = Context(public.fingerprint, public.limb_bits, public.ring_dimension, public.modulus)
 
     def write(block: memoryview) -> None:
         if stopped.is_set():
@@ -115,7 +115,7 @@ def _digest(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_model(path)) for path in updates]
         for one in opened:
-            _check_form(model, one)
+            _check_form(model, one, public)
         form = model.manifest.encryption
         try:
             fold_payloads(
@@ -134,12 +134,13 @@ def _digest(
     return result.digest()
 
 
-def _check_form(model: ModelFile, update: ModelFile) -> None:
+def _check_form(model: ModelFile, update: ModelFile, public: PublicPart) -> None:
     """Raise NotTheFold unless this update may be in this model."""
     form = Encryption()
     form.CopyFrom(model.manifest.encryption)
     form.ClearField("shares")
-    form.polynomials = form.seeds = 1  # as sites seal: what has two can be made without a key
+    sealed = public.update_form(())  # as sites seal, and nothing else
+    form.polynomials, form.seeds = sealed.polynomials, sealed.seeds
     if encrypted_manifest(model.manifest, form) != update.manifest:
         raise NotTheFold(
             f"what the controller gave as the update of {update.path.stem} has other tensors, "

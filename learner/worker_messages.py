@@ -52,6 +52,12 @@ class Opening:
     """What the ciphertexts leave out is taken from the initial model of this seed."""
     initial: bool
     """Whether the model is the initial one: one site made it alone."""
+    partials_path: Path | None = None
+    """What opens a model of a joint key, the fold of all partials; None to make a partial."""
+    model_digest: bytes = b""
+    """The model's digest, which partials name."""
+    own: tuple[str, bytes] | None = None
+    """This site's name, and the digest of the update that it gave in the model's round, if any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +81,11 @@ class Job:
     initialise writes the initial model to `update_path`; train reads `model_path` and writes the
     update to `update_path`; evaluate reads `model_path` and, with `keep_folder`, saves it there.
     In an encrypted federation `opening` says how the model is opened and `sealing` how the update
-    is sealed; seal only does the latter, with a model that an earlier job left.
+    is sealed; seal only does the latter, with a model that an earlier job left, and open makes this
+    site's part in opening the model at `model_path`, a partial, at `update_path`.
     """
 
-    kind: Literal["initialise", "train", "evaluate", "seal"]
+    kind: Literal["initialise", "train", "evaluate", "seal", "open"]
     seed: int = 0
     model_path: Path | None = None
     update_path: Path | None = None

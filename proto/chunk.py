@@ -175,10 +175,11 @@ def describe_chunk(
 
 
 def exponents_of(manifest: Manifest) -> bytes:
-    """The digest of the exponents, which headers carry; zeros in plain mode."""
+    """The digest of the exponents, and of what partials open, which headers carry; zeros in plain
+    mode."""
     if not is_encrypted(manifest):
         return NO_DIGEST
-    return ckks.exponents_digest(manifest.encryption.exponents)
+    return ckks.exponents_digest(manifest.encryption.exponents, manifest.encryption.opens)
 
 
 def pack_header(header: ChunkHeader, crc32c: Crc32c) -> bytes:

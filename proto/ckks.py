@@ -24,6 +24,7 @@ from typing import Final
 __all__ = [
     "ERROR",
     "EXPONENT_MAX",
+    "JOINT_PROFILE",
     "LEARNERS_MAX",
     "PROFILES",
     "RING_DIMENSION",
@@ -38,6 +39,7 @@ __all__ = [
     "exponents_digest",
     "fits",
     "form_problem",
+    "joint_sites_max",
     "noise_bound",
     "parameters_for",
     "payload_bytes",
@@ -49,6 +51,8 @@ PROFILES: Final[Mapping[str, int]] = MappingProxyType(
     {"compact": 32, "standard": 44, "fine": 48, "wide": 52}
 )
 """Limb bits k by name, smallest first."""
+JOINT_PROFILE: Final = "wide"
+"""The one whose precision the flooding of partial decryptions leaves room in."""
 RING_DIMENSION: Final = 2048
 """What 128-bit security asks for with a modulus of 27 to 54 bits (HEStd_128_classic)."""
 MODULUS_GAP: Final = 1 << 20
@@ -68,6 +72,8 @@ SIGMA: Final = 3.2
 """Standard deviation of a fresh coefficient's noise, encrypted with the secret key (HEStd)."""
 SIGMA_PUBLIC: Final = 190.0
 """The same with the public key at N = 2048, as measured; it grows with the root of N."""
+SIGMA_FLOODING: Final = 2.0**20
+"""That of the noise in a partial decryption: OpenFHE's NoiseFlooding::MP_SD, which is fixed."""
 NOISE_DEVIATIONS: Final = 8
 """Beyond so many a Gaussian lies once in 8e14 values."""
 
@@ -99,19 +105,32 @@ class Parameters:
         return math.ldexp(1.0, -(self.grid_bits + 1))
 
 
-def noise_bound(learners: int, *, public_key: bool = False, ring: int = RING_DIMENSION) -> float:
+def noise_bound(
+    learners: int, *, public_key: bool = False, joint: bool = False, ring: int = RING_DIMENSION
+) -> float:
     """The most that a sum of so many ciphertexts is off, in units of 2^-p.
+
+    `joint`: under a joint key of as many sites. Its noise is that of all their public keys, and
+    each site's partial decryption floods it with more.
 
     Fresh noise adds up like a random walk; the encoder's rounding is at most one each. With 52
     bits float64 shows in the transforms, too: a standard deviation of 3.8 was measured for one
     learner, eight of which are still within half a grid step.
     """
-    sigma = SIGMA_PUBLIC * math.sqrt(ring / RING_DIMENSION) if public_key else SIGMA
+    public = SIGMA_PUBLIC * math.sqrt(ring / RING_DIMENSION)
+    sigma = public if public_key else SIGMA
+    if joint:
+        sigma = math.hypot(public * math.sqrt(learners), SIGMA_FLOODING)
     return NOISE_DEVIATIONS * sigma * math.sqrt(learners) + learners
 
 
 def parameters_for(
-    limb_bits: int, learners: int, *, modulus: int = 0, public_key: bool = False
+    limb_bits: int,
+    learners: int,
+    *,
+    modulus: int = 0,
+    public_key: bool = False,
+    joint: bool = False,
 ) -> Parameters:
     """The finest scale at which no sum wraps, and the finest grid that the noise cannot cross.
 
@@ -120,7 +139,7 @@ def parameters_for(
     `modulus` 0: the smallest that the limb size can have.
     """
     modulus = modulus or (1 << limb_bits) - MODULUS_GAP
-    noise = math.ceil(noise_bound(learners, public_key=public_key))
+    noise = math.ceil(noise_bound(learners, public_key=public_key, joint=joint))
     step_bits = (2 * noise).bit_length()
     room = (modulus - 1) // 2 - noise - learners * (1 << (step_bits - 1))
     scaling_bits = max(0, (room // learners).bit_length() - 1) if room >= learners else 0
@@ -134,6 +153,17 @@ def smallest_profile(learners: int, error: float = ERROR) -> str:
         if parameters.grid_bits > 0 and parameters.error <= error:
             return name
     return ""
+
+
+def joint_sites_max(error: float = ERROR) -> int:
+    """The most sites whose joint key keeps the error."""
+    limb_bits, sites = PROFILES[JOINT_PROFILE], 1
+    while sites < LEARNERS_MAX:
+        found = parameters_for(limb_bits, sites + 1, joint=True)
+        if found.grid_bits < 1 or found.error > error:
+            break
+        sites += 1
+    return sites
 
 
 def weights_fit(weight_sum: float, learners: int) -> bool:
@@ -165,10 +195,13 @@ def fits(largest: float, exponent: int) -> bool:
     return math.ldexp(largest, -exponent) <= 1.0
 
 
-def exponents_digest(exponents: Iterable[int]) -> bytes:
-    """The 16 bytes that stand for a set of exponents: of SHA-256 over them as little-endian i16."""
+def exponents_digest(exponents: Iterable[int], opens: bytes = b"") -> bytes:
+    """The 16 bytes that stand for a set of exponents: of SHA-256 over them as little-endian i16.
+
+    For partials also over the digest of the model that they open: those of two do not mix.
+    """
     numbers = list(exponents)
-    return hashlib.sha256(struct.pack(f"<{len(numbers)}h", *numbers)).digest()[:16]
+    return hashlib.sha256(struct.pack(f"<{len(numbers)}h", *numbers) + opens).digest()[:16]
 
 
 # ---- Blocks (native_c/metis.h has the layout) -----------------------------------

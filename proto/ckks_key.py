@@ -19,9 +19,12 @@ import msgpack
 from metisfl.proto import ckks
 from metisfl.proto.errors import PeerError
 from metisfl.proto.model_pb2 import Encryption
+from metisfl.proto.topics import NAME
 
 __all__ = [
+    "CEREMONY_MAGIC",
     "FILE_BYTES_MAX",
+    "MASK_KEY_BYTES",
     "PUBLIC_MAGIC",
     "SEALED_MAGIC",
     "SECRET_MAGIC",
@@ -34,8 +37,10 @@ __all__ = [
 PUBLIC_MAGIC: Final = b"MFCKPUB1"
 SECRET_MAGIC: Final = b"MFCKSEC1"
 SEALED_MAGIC: Final = b"MFCKBOX1"
+CEREMONY_MAGIC: Final = b"MFCKCER1"
 FILE_BYTES_MAX: Final = 1 << 20
 VERIFY: Final = ("none", "full")
+MASK_KEY_BYTES: Final = 32
 FIELDS_READ_MAX: Final = 32  # of a part that may be of another release
 
 
@@ -56,6 +61,8 @@ class PublicPart:
     min_contributors: int
     max_share: float
     verify: str
+    site_names: str
+    """Of those who made a joint key, with a space between; "" for a key that is shared."""
     context: bytes = field(repr=False)
     public_key: bytes = field(repr=False)
 
@@ -64,15 +71,59 @@ class PublicPart:
         """16 bytes."""
         return hashlib.sha256(_packed(asdict(self))).digest()[:16]
 
+    @property
+    def partial_fingerprint(self) -> bytes:
+        """What blocks of partial decryptions name, so that they are never taken for updates."""
+        return hashlib.sha256(b"partial" + self.fingerprint).digest()[:16]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Who made a joint key, sorted: only all of them together open a model. Else none."""
+        return tuple(self.site_names.split())
+
+    @property
+    def is_joint(self) -> bool:
+        return bool(self.site_names)
+
+    @property
+    def privacy(self) -> str:
+        """The privacy mode of a federation with this key."""
+        return "ckks-threshold" if self.is_joint else "ckks"
+
+    @property
+    def parameters(self) -> ckks.Parameters:
+        """The finest that are possible with this modulus for so many learners."""
+        return ckks.parameters_for(
+            self.limb_bits, self.max_learners, modulus=self.modulus, joint=self.is_joint
+        )
+
     def update_form(self, exponents: Sequence[int]) -> Encryption:
-        """How a site encrypts an update, and what a controller admits: seeded, these exponents."""
+        """How a site encrypts an update, and what a controller admits, with these exponents.
+
+        Seeded under a secret key; both polynomials under a joint one.
+        """
         return Encryption(
             fingerprint=self.fingerprint,
+            limb_bits=self.limb_bits,
+            ring_dimension=self.ring_dimension,
+            polynomials=2 if self.is_joint else 1,
+            seeds=0 if self.is_joint else 1,
+            exponents=exponents,
+        )
+
+    def partial_form(self, exponents: Sequence[int], opens: bytes) -> Encryption:
+        """How a site gives its partial of the model with the digest `opens` and these exponents.
+
+        One polynomial, and in the place of a seed the nonce of its mask.
+        """
+        return Encryption(
+            fingerprint=self.partial_fingerprint,
             limb_bits=self.limb_bits,
             ring_dimension=self.ring_dimension,
             polynomials=1,
             seeds=1,
             exponents=exponents,
+            opens=opens,
         )
 
     def pack(self) -> bytes:
@@ -97,6 +148,8 @@ class SecretPart:
 
     fingerprint: bytes
     secret_key: bytes = field(repr=False)
+    mask_key: bytes = field(default=b"", repr=False)
+    """Of a joint key: 32 bytes that all its sites have, under which they hide their partials."""
 
     def pack(self) -> bytes:
         """The content of secret.ckks."""
@@ -109,8 +162,8 @@ class SecretPart:
 
 
 def is_secret(beginning: bytes) -> bool:
-    """Whether a file that begins so is a secret part, sealed to a site or not."""
-    return beginning.startswith((SECRET_MAGIC, SEALED_MAGIC))
+    """Whether a file that begins so is a secret part, sealed to a site or not, or becomes one."""
+    return beginning.startswith((SECRET_MAGIC, SEALED_MAGIC, CEREMONY_MAGIC))
 
 
 def _packed(values: dict[str, Any]) -> bytes:
@@ -129,7 +182,9 @@ def _parameter_problem(part: PublicPart) -> str | None:
             f"modulus {part.modulus}; it must have {part.limb_bits} bits and be 1 modulo "
             f"{2 * part.ring_dimension}"
         )
-    most = ckks.parameters_for(part.limb_bits, part.max_learners, modulus=part.modulus)
+    if problem := _sites_problem(part):
+        return problem
+    most = part.parameters
     if part.scaling_bits > most.scaling_bits:
         return (
             f"scaling bits {part.scaling_bits}; with {part.max_learners} learners sums wrap above "
@@ -142,7 +197,7 @@ def _parameter_problem(part: PublicPart) -> str | None:
             f"grid finer than {part.scaling_bits - step_bits}"
         )
     half_step = 1 << (part.scaling_bits - part.grid_bits - 1)
-    noise = math.ceil(ckks.noise_bound(part.max_learners))
+    noise = math.ceil(ckks.noise_bound(part.max_learners, joint=part.is_joint))
     largest = part.max_learners * ((1 << part.scaling_bits) + half_step) + noise
     if largest > (part.modulus - 1) // 2:
         return (
@@ -154,6 +209,22 @@ def _parameter_problem(part: PublicPart) -> str | None:
             f"error {part.error:g}; with grid bits {part.grid_bits} a key can promise "
             f"{2.0 ** -(part.grid_bits + 1):g}"
         )
+    return None
+
+
+def _sites_problem(part: PublicPart) -> str | None:
+    names = part.sites
+    in_order = " ".join(sorted(set(names))) == part.site_names
+    if not in_order or not all(NAME.fullmatch(name) for name in names):
+        return "site names; each is there once, in order, with a space between"
+    if not names:
+        return None
+    if len(names) < 2 or part.max_learners != len(names):
+        return (
+            f"{len(names)} sites of a joint key for {part.max_learners} learners; it has 2 or more"
+        )
+    if part.profile != ckks.JOINT_PROFILE:
+        return f"profile {part.profile} of a joint key; it is {ckks.JOINT_PROFILE}"
     return None
 
 
@@ -172,8 +243,16 @@ def _choice(*allowed: str) -> tuple[Check, str]:
     return (lambda v: type(v) is str and v in allowed), " or ".join(allowed)
 
 
+def _text(most: int) -> tuple[Check, str]:
+    return (lambda v: type(v) is str and len(v) <= most), f"up to {most} characters"
+
+
 def _bytes(least: int, most: int) -> tuple[Check, str]:
     return (lambda v: type(v) is bytes and least <= len(v) <= most), f"{least} to {most} bytes"
+
+
+def _bytes_or_none(count: int) -> tuple[Check, str]:
+    return (lambda v: type(v) is bytes and len(v) in (0, count)), f"0 or {count} bytes"
 
 
 _PUBLIC_CHECKS: Final[dict[str, tuple[Check, str]]] = {
@@ -189,12 +268,14 @@ _PUBLIC_CHECKS: Final[dict[str, tuple[Check, str]]] = {
     "min_contributors": _whole(1, ckks.LEARNERS_MAX),
     "max_share": _number(0, 1),
     "verify": _choice(*VERIFY),
+    "site_names": _text(64 * ckks.LEARNERS_MAX),
     "context": _bytes(1, FILE_BYTES_MAX),
     "public_key": _bytes(1, FILE_BYTES_MAX),
 }
 _SECRET_CHECKS: Final[dict[str, tuple[Check, str]]] = {
     "fingerprint": _bytes(16, 16),
     "secret_key": _bytes(1, FILE_BYTES_MAX),
+    "mask_key": _bytes_or_none(MASK_KEY_BYTES),
 }
 assert list(_PUBLIC_CHECKS) == [each.name for each in fields(PublicPart)]
 

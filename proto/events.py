@@ -18,7 +18,13 @@ from google.protobuf.message import DecodeError, Message
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.ckks import EXPONENT_MAX
 from metisfl.proto.errors import PeerError
-from metisfl.proto.limits import NAME_CHARACTERS_MAX, TENSORS_MAX
+from metisfl.proto.limits import (
+    CEREMONY_BODY_BYTES_MAX,
+    CEREMONY_BYTES,
+    CEREMONY_STEPS,
+    NAME_CHARACTERS_MAX,
+    TENSORS_MAX,
+)
 from metisfl.proto.topics import NAME
 
 __all__ = [
@@ -39,7 +45,7 @@ __all__ = [
 
 PAYLOAD_BYTES_MAX: Final = 192 * 1024
 LEARNERS_MAX: Final = 1000
-ABSENCE_KINDS: Final = frozenset({"late", "failed", "left"})
+ABSENCE_KINDS: Final = frozenset({"late", "failed", "left", "stopped"})
 AWAITED_MAX: Final = 200
 METRICS_MAX: Final = 256
 METRIC_NAME_CHARACTERS_MAX: Final = 128
@@ -96,6 +102,14 @@ def _digest_or_none(value: bytes) -> str | None:
     return _digest(value) if value else None
 
 
+def _exactly(count: int) -> Check:
+    return lambda value: None if len(value) == count else f"has {len(value)} bytes; it has {count}"
+
+
+def _up_to(most: int) -> Check:
+    return lambda value: None if len(value) <= most else f"has {len(value)} bytes; at most {most}"
+
+
 def _each(check: Check, *, most: int, least: int = 0) -> Check:
     def check_all(values: Any) -> str | None:
         if not least <= len(values) <= most:
@@ -148,6 +162,13 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "since_unix_ns": _number(0, 2**63 - 1),
             "lease_left_s": _number(0, 86_400),
         },
+        "CeremonyStep": {
+            "ceremony": _exactly(CEREMONY_BYTES),
+            "learner": _name,
+            "step": _number(1, CEREMONY_STEPS),
+            "body": _up_to(CEREMONY_BODY_BYTES_MAX),
+            "signature": _exactly(64),
+        },
         "Contribution": {
             "learner": _name,
             "task_id": _task_id,
@@ -186,6 +207,12 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "silent_s": _seconds,
         },
         "MemberAdmitted": {"learner": _name},
+        "ModelOpened": {
+            "run_id": _run_id,
+            "round": _round,
+            "model_digest": _digest,
+            "partials_digest": _digest,
+        },
         "PeerAdmitted": {"principal": _text(80, least=1), "public": _text(40, least=40)},
         "PeerExpelled": {"principal": _text(80, least=1), "public": _text(40, least=40)},
         "Progress": {
@@ -216,7 +243,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
         },
         "RunFinished": {
             "run_id": _run_id,
-            "outcome": _number(1, 2),
+            "outcome": _number(1, 3),
             "reason": _reason,
             "model_digest": _digest_or_none,
             "rounds": _round,
@@ -234,6 +261,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "waits_for_quorum": _number(0, 1),
             "max_examples": _number(0, COUNT_MAX),
         },
+        "RunStopped": {"run_id": _run_id, "reason": _reason},
         "ScaleExceeded": {
             "task_id": _task_id,
             "learner": _name,
@@ -244,7 +272,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "task_id": _task_id,
             "run_id": _run_id,
             "round": _round,
-            "kind": _number(1, 3),
+            "kind": _number(1, 4),
             "learner": _name,
             "model_digest": _digest_or_none,
             "seed": _number(0, 2**63 - 1),
@@ -256,6 +284,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "exponents": _exponents,
             "privacy": _text(32),
             "initial_seed": _number(0, 2**63 - 1),
+            "partials_digest": _digest_or_none,
         },
         "TaskCancelled": {"task_id": _task_id, "reason": _reason},
         "TaskCompleted": {
@@ -285,8 +314,8 @@ EVENT_TYPES: Final[Mapping[str, type[Message]]] = MappingProxyType(
 )
 
 _BY_LEARNERS = {"Heartbeat", "LearnerJoined", "LearnerLeft", "Progress"}
-_BY_LEARNERS |= {"ScaleExceeded", "TaskCompleted", "TaskFailed"}
-_BY_DRIVERS = {"RunStarted"}
+_BY_LEARNERS |= {"CeremonyStep", "ScaleExceeded", "TaskCompleted", "TaskFailed"}
+_BY_DRIVERS = {"RunStarted", "RunStopped"}
 _BY_BROKER = {"PeerAdmitted", "PeerExpelled"}
 
 

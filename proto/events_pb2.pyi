@@ -13,10 +13,12 @@ class TaskKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INITIALISE: _ClassVar[TaskKind]
     TRAIN: _ClassVar[TaskKind]
     EVALUATE: _ClassVar[TaskKind]
+    OPEN: _ClassVar[TaskKind]
 TASK_KIND_UNSPECIFIED: TaskKind
 INITIALISE: TaskKind
 TRAIN: TaskKind
 EVALUATE: TaskKind
+OPEN: TaskKind
 
 class Envelope(_message.Message):
     __slots__ = ("version", "event_id", "topic", "publisher", "epoch", "sequence", "created_unix_ns", "type", "correlation_id", "payload")
@@ -110,6 +112,20 @@ class MemberAdmitted(_message.Message):
     learner: str
     def __init__(self, learner: _Optional[str] = ...) -> None: ...
 
+class CeremonyStep(_message.Message):
+    __slots__ = ("ceremony", "learner", "step", "body", "signature")
+    CEREMONY_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    ceremony: bytes
+    learner: str
+    step: int
+    body: bytes
+    signature: bytes
+    def __init__(self, ceremony: _Optional[bytes] = ..., learner: _Optional[str] = ..., step: _Optional[int] = ..., body: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
 class Hyperparameters(_message.Message):
     __slots__ = ("epochs", "batch_size", "learning_rate")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +160,14 @@ class RunStarted(_message.Message):
     max_examples: int
     def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., waits_for_quorum: _Optional[bool] = ..., max_examples: _Optional[int] = ...) -> None: ...
 
+class RunStopped(_message.Message):
+    __slots__ = ("run_id", "reason")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    reason: str
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class RunFinished(_message.Message):
     __slots__ = ("run_id", "outcome", "reason", "model_digest", "rounds", "record")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -151,9 +175,11 @@ class RunFinished(_message.Message):
         OUTCOME_UNSPECIFIED: _ClassVar[RunFinished.Outcome]
         COMPLETED: _ClassVar[RunFinished.Outcome]
         FAILED: _ClassVar[RunFinished.Outcome]
+        STOPPED: _ClassVar[RunFinished.Outcome]
     OUTCOME_UNSPECIFIED: RunFinished.Outcome
     COMPLETED: RunFinished.Outcome
     FAILED: RunFinished.Outcome
+    STOPPED: RunFinished.Outcome
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -236,8 +262,20 @@ class RoundClosed(_message.Message):
     previous_record: bytes
     def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., counted: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., missing: _Optional[_Iterable[_Union[Absence, _Mapping]]] = ..., reference_weight: _Optional[float] = ..., previous_record: _Optional[bytes] = ...) -> None: ...
 
+class ModelOpened(_message.Message):
+    __slots__ = ("run_id", "round", "model_digest", "partials_digest")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PARTIALS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    round: int
+    model_digest: bytes
+    partials_digest: bytes
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., partials_digest: _Optional[bytes] = ...) -> None: ...
+
 class TaskAssigned(_message.Message):
-    __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model", "attempt", "reference_weight", "exponents", "privacy", "initial_seed")
+    __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model", "attempt", "reference_weight", "exponents", "privacy", "initial_seed", "partials_digest")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +291,7 @@ class TaskAssigned(_message.Message):
     EXPONENTS_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
     INITIAL_SEED_FIELD_NUMBER: _ClassVar[int]
+    PARTIALS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     run_id: str
     round: int
@@ -268,7 +307,8 @@ class TaskAssigned(_message.Message):
     exponents: _containers.RepeatedScalarFieldContainer[int]
     privacy: str
     initial_seed: int
-    def __init__(self, task_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., learner: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., seed: _Optional[int] = ..., lease_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., keep_model: _Optional[bool] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ..., privacy: _Optional[str] = ..., initial_seed: _Optional[int] = ...) -> None: ...
+    partials_digest: bytes
+    def __init__(self, task_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., learner: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., seed: _Optional[int] = ..., lease_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., keep_model: _Optional[bool] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ..., privacy: _Optional[str] = ..., initial_seed: _Optional[int] = ..., partials_digest: _Optional[bytes] = ...) -> None: ...
 
 class TaskCancelled(_message.Message):
     __slots__ = ("task_id", "reason")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19metisfl/proto/model.proto\x12\nmetisfl.v1\"[\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x11\n\ttrainable\x18\x04 \x01(\x08\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"?\n\x05Share\x12\x0f\n\x07learner\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x15\n\rupdate_digest\x18\x03 \x01(\x0c\"\xa6\x01\n\nEncryption\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x11\n\tlimb_bits\x18\x02 \x01(\r\x12\x16\n\x0ering_dimension\x18\x03 \x01(\r\x12\x13\n\x0bpolynomials\x18\x04 \x01(\r\x12\r\n\x05seeds\x18\x05 \x01(\r\x12\x11\n\texponents\x18\x06 \x03(\x11\x12!\n\x06shares\x18\x07 \x03(\x0b\x32\x11.metisfl.v1.Share\"v\n\x08Manifest\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.metisfl.v1.TensorSpec\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12*\n\nencryption\x18\x03 \x01(\x0b\x32\x16.metisfl.v1.Encryptionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19metisfl/proto/model.proto\x12\nmetisfl.v1\"[\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x11\n\ttrainable\x18\x04 \x01(\x08\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"?\n\x05Share\x12\x0f\n\x07learner\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x15\n\rupdate_digest\x18\x03 \x01(\x0c\"\xb5\x01\n\nEncryption\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x11\n\tlimb_bits\x18\x02 \x01(\r\x12\x16\n\x0ering_dimension\x18\x03 \x01(\r\x12\x13\n\x0bpolynomials\x18\x04 \x01(\r\x12\r\n\x05seeds\x18\x05 \x01(\r\x12\x11\n\texponents\x18\x06 \x03(\x11\x12!\n\x06shares\x18\x07 \x03(\x0b\x32\x11.metisfl.v1.Share\x12\r\n\x05opens\x18\x08 \x01(\x0c\"v\n\x08Manifest\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.metisfl.v1.TensorSpec\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12*\n\nencryption\x18\x03 \x01(\x0b\x32\x16.metisfl.v1.Encryptionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHARE']._serialized_start=134
   _globals['_SHARE']._serialized_end=197
   _globals['_ENCRYPTION']._serialized_start=200
-  _globals['_ENCRYPTION']._serialized_end=366
-  _globals['_MANIFEST']._serialized_start=368
-  _globals['_MANIFEST']._serialized_end=486
+  _globals['_ENCRYPTION']._serialized_end=381
+  _globals['_MANIFEST']._serialized_start=383
+  _globals['_MANIFEST']._serialized_end=501
 # @@protoc_insertion_point(module_scope)

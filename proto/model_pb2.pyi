@@ -31,7 +31,7 @@ class Share(_message.Message):
     def __init__(self, learner: _Optional[str] = ..., weight: _Optional[float] = ..., update_digest: _Optional[bytes] = ...) -> None: ...
 
 class Encryption(_message.Message):
-    __slots__ = ("fingerprint", "limb_bits", "ring_dimension", "polynomials", "seeds", "exponents", "shares")
+    __slots__ = ("fingerprint", "limb_bits", "ring_dimension", "polynomials", "seeds", "exponents", "shares", "opens")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LIMB_BITS_FIELD_NUMBER: _ClassVar[int]
     RING_DIMENSION_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Encryption(_message.Message):
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     EXPONENTS_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
+    OPENS_FIELD_NUMBER: _ClassVar[int]
     fingerprint: bytes
     limb_bits: int
     ring_dimension: int
@@ -46,7 +47,8 @@ class Encryption(_message.Message):
     seeds: int
     exponents: _containers.RepeatedScalarFieldContainer[int]
     shares: _containers.RepeatedCompositeFieldContainer[Share]
-    def __init__(self, fingerprint: _Optional[bytes] = ..., limb_bits: _Optional[int] = ..., ring_dimension: _Optional[int] = ..., polynomials: _Optional[int] = ..., seeds: _Optional[int] = ..., exponents: _Optional[_Iterable[int]] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ...) -> None: ...
+    opens: bytes
+    def __init__(self, fingerprint: _Optional[bytes] = ..., limb_bits: _Optional[int] = ..., ring_dimension: _Optional[int] = ..., polynomials: _Optional[int] = ..., seeds: _Optional[int] = ..., exponents: _Optional[_Iterable[int]] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., opens: _Optional[bytes] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("tensors", "payload_bytes", "encryption")

@@ -74,7 +74,8 @@ class Counted:
 class Missing:
     """One learner that was asked and is not part of it.
 
-    `kind`: "late" (its lease ended), "failed" (it said so, or its update was of no use), "left".
+    `kind`: "late" (its lease ended), "failed" (it said so, or its update was of no use), "left",
+    "stopped" (the run was, before the round was over).
     """
 
     learner: str
@@ -89,7 +90,7 @@ class RoundRecord:
     run_id: str
     round: int
     previous: bytes  # digest of the record before it; empty for the first
-    model_digest: bytes  # empty if the round failed
+    model_digest: bytes  # empty if the round failed or was stopped
     opened_ns: int
     closed_ns: int
     evaluated_ns: int

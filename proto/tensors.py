@@ -276,6 +276,11 @@ def _encryption_problem(manifest: Manifest) -> str | None:
         form.fingerprint, form.limb_bits, form.ring_dimension, form.polynomials, form.seeds
     ):
         return problem
+    if form.opens and (len(form.opens) != 32 or form.polynomials != 1):
+        return (
+            f"partials of a model with a digest of {len(form.opens)} bytes, in {form.polynomials} "
+            "polynomials; it has 32, and they have 1"
+        )
     floats = len(float_specs(manifest))
     if len(form.exponents) != floats:
         return f"{len(form.exponents)} exponents for {floats} float tensors; one for each"

@@ -37,7 +37,7 @@ class Desk:
     """Uploads with everything that it sends and announces written down."""
 
     def __init__(self, home: Path, context: Context | None = None) -> None:
-        self.spool = Spool(home / "spool", context=context)
+        self.spool = Spool(home / "spool", contexts=[context] if context else ())
         self.sent: list[tuple[bytes, Frame]] = []
         self.stored: list[tuple[str, bytes, int]] = []
         self.refused: list[tuple[str, str, str]] = []

@@ -265,7 +265,7 @@ def test_memory_does_not_grow_with_models_or_learners(tmp_path: Path) -> None:
 
 
 def a_round(folder: Path, number: int, weights: Sequence[float]) -> tuple[Fold, ModelStore, Spool]:
-    spool, store = Spool(folder / "spool", context=CONTEXT), ModelStore(folder / "models")
+    spool, store = Spool(folder / "spool", contexts=[CONTEXT]), ModelStore(folder / "models")
     contributions = []
     for position, weight in enumerate(weights):
         learner = f"site{position}"

@@ -180,7 +180,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StagedUpd
     folder = tmp_path_factory.mktemp("staged")
     write_update(folder / "update", 5)
     with open_model(folder / "update") as update:
-        spool = Spool(folder / "spool", context=CONTEXT)
+        spool = Spool(folder / "spool", contexts=[CONTEXT])
         staged = spool.begin("t", bytes(32), update.manifest)
         yield staged, chunk(update, 0)
         staged.discard()

@@ -49,7 +49,7 @@ def test_every_history_adds_up(seed: int, rounds: int, quorum: int, waits_long: 
         if world.run.phase is Phase.FINISHED:
             break
         choices = ["perform"] * 4 + ["answer", "answer", "fail", "lapse", "repeat", "join", "leave"]
-        choice = rng.choice([*choices, "stranger", "another run"])
+        choice = rng.choice([*choices, "stranger", "another run", "stop"])
         open_tasks = [t for t in world.run.tasks.values() if t.status is Status.ASSIGNED]
         if choice == "perform" and world.under_way:
             world.perform(rng.choice(sorted(world.under_way)))
@@ -82,10 +82,16 @@ def test_every_history_adds_up(seed: int, rounds: int, quorum: int, waits_long: 
             assert "may not send" in dropped
         elif choice == "another run":
             assert "while" in world.log_event(plan(run_id="r2"), "driver:e")
+        elif choice == "stop" and rng.random() < 0.1:
+            world.log_event(pb.RunStopped(run_id="r1"), "driver:e")
     world.perform_all()
     assert not world.run.refused, "whoever asks in vain is told"
+    assert len(finished(world, "r1")) <= 1, "a run ends once"
     closed = counted(world.log)
     assert [c.round for c in closed] == list(range(len(closed))), "rounds close once, in order"
+    if world.run.stopped:
+        assert world.run.finished is not None, "who is stopped comes to an end"
+        assert world.run.finished.rounds == max(len(closed) - 1, 0)
     for one in closed[1:]:
         assert len(one.counted) >= quorum
         assert len({c.learner for c in one.counted}) == len(one.counted)

@@ -28,6 +28,24 @@ def test_a_run_is_shown_with_who_counted_and_who_did_not(
     assert "  bob: failed, no data" in said
 
 
+def test_a_round_that_was_stopped_is_shown_so_after_the_one_that_the_log_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = recorded(tmp_path, rounds=2, stops=True)
+    assert world.run.finished is not None
+    known = world.run.finished.record.hex()
+    for head in (known, read_chain(tmp_path / "r1").head.hex()):
+        assert command(["show", str(tmp_path / "r1"), "--head", head]) == 0
+        said = capsys.readouterr().out
+        assert "round 1: 3 invited, 3 counted" in said
+        assert "round 2: 3 invited, stopped" in said
+        assert "  bob: stopped, stopped by driver:d: enough" in said
+    (tmp_path / "r1" / "000002.msgpack").unlink()
+    assert command(["verify", str(tmp_path / "r1"), "--head", known]) == 0
+    (tmp_path / "r1" / "000001.msgpack").unlink()
+    assert main(["rounds", "verify", str(tmp_path / "r1"), "--head", known]) == 1
+
+
 def test_a_whole_chain_is_said_to_be_whole_and_its_head_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,16 @@ def test_a_run_that_too_few_have_joined_says_so() -> None:
     assert status(world).waits_for == "the quorum: 0 of 2 learners are here"
 
 
+def test_a_run_that_is_stopped_waits_for_nobody() -> None:
+    world = World()
+    world.log_event(plan(quorum=3, waits_for_quorum=True), "driver:d")
+    world.log_event(pb.LearnerJoined(learner="ada"), "learner:ada")
+    world.perform_all()
+    world.log_event(pb.RunStopped(run_id="r1"), "driver:d")
+    found = status(world)
+    assert (found.phase, found.waits_for, found.awaited_total) == ("stopping", "", 0)
+
+
 def test_a_failed_score_of_the_last_model_does_not_count_against_the_next_round() -> None:
     world = World()
     world.log_event(plan(quorum=2, waits_for_quorum=True), "driver:d")

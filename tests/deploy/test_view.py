@@ -11,6 +11,7 @@ from metisfl.deploy.view import (
     View,
     lines,
     readable_bytes,
+    shown_kept,
     shown_metric,
     shown_missing,
 )
@@ -56,6 +57,26 @@ def test_a_round_is_told_in_one_line_when_it_is_over() -> None:
     later = view.after(pb.RoundOpened(run_id="r", round=2))
     assert lines(later, pb.RunFinished(run_id="r")) == [], "a round is told once"
     assert later.after(closed(2)).evaluated == {}, "nobody has scored the next model yet"
+
+
+def test_a_stop_is_told_when_it_is_asked_for_and_only_of_this_run() -> None:
+    _, printed = seen(
+        pb.RunStopped(run_id="other", reason="lunch"),
+        pb.RunStopped(run_id="r", reason="the data are wrong"),
+        pb.RunStopped(run_id="r"),
+    )
+    assert printed == [
+        "the run is being stopped: the data are wrong",
+        "the run is being stopped: no reason given",
+    ]
+
+
+def test_what_a_stopped_run_leaves_is_its_last_closed_round_or_nothing() -> None:
+    kept = shown_kept(pb.RunFinished(run_id="r", rounds=3, model_digest=b"\xab" * 32))
+    assert kept.startswith(f"stopped after round 3; the community model of round 3 is {'ab' * 32},")
+    assert f"models/{'ab' * 32}.model" in kept
+    assert "; the initial model is" in shown_kept(pb.RunFinished(model_digest=bytes(32)))
+    assert shown_kept(pb.RunFinished()) == "no round was closed, so there is no model"
 
 
 def test_a_round_that_nobody_scored_is_told_all_the_same() -> None:

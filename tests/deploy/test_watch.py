@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 from google.protobuf.message import Message
@@ -15,7 +18,7 @@ from metisfl.broker.client import Batch, Beat, Record
 from metisfl.deploy.screen import LineScreen
 from metisfl.deploy.settings import load_federation
 from metisfl.deploy.view import LearnerView, View
-from metisfl.deploy.watch import Follower, _run_started, new_view
+from metisfl.deploy.watch import Follower, RunStopped, _run_started, new_view, watch
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.events import encode
 
@@ -117,3 +120,50 @@ def test_a_bad_beat_or_one_in_anothers_name_is_not_shown() -> None:
         assert shown.seen == [progress]
 
     asyncio.run(scenario())
+
+
+def test_a_run_that_somebody_stops_ends_with_who_did_why_and_what_is_kept(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text(
+        """
+        federation = { name = "f", rounds = 1 }
+        app = { object = "f:F" }
+        learners = [{ name = "ada" }, { name = "bob" }]
+        """
+    )
+    why = "stopped by driver:eve: the data are wrong"
+    end = pb.RunFinished(
+        run_id="r", outcome=pb.RunFinished.STOPPED, reason=why, rounds=2, model_digest=bytes(32)
+    )
+
+    class Client(Broker):
+        async def __aenter__(self) -> Client:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        def flush(self) -> None: ...
+
+        async def beats(self, prefix: str) -> AsyncIterator[Beat]:
+            await asyncio.Event().wait()
+            yield cast(Any, None)
+
+    access = MagicMock(principal="driver:me")
+    access.client.return_value = Client(START, ("controller", encode(end)))
+
+    async def scenario() -> None:
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+            await watch(
+                load_federation(file),
+                access=access,
+                connection=connection,
+                view=VIEW,
+                screen=LineScreen(),
+            )
+
+    with pytest.raises(RunStopped) as stopped:
+        asyncio.run(scenario())
+    assert str(stopped.value).startswith(f"the run was {why}; stopped after round 2")
+    assert stopped.value.exit_code == 5

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -310,3 +311,10 @@ def test_every_history_reports_each_task_once_or_its_round_is_over(seed: int) ->
     assert len(set(reported)) == len(reported), "a task is reported once"
     left = {key for key, job in tasks.jobs.items() if job.stage is not t.Stage.REPORTED}
     assert accepted - gone - left <= set(reported)
+
+
+@pytest.mark.parametrize("outcome", ["COMPLETED", "FAILED", "STOPPED"])
+def test_a_run_is_over_however_it_ends_and_not_before(outcome: str) -> None:
+    end = pb.RunFinished(run_id="r", outcome=pb.RunFinished.Outcome.Value(outcome))
+    assert t.told_by(end) == t.RunOver("r")
+    assert t.told_by(pb.RunStopped(run_id="r")) is None, "the controller says when"

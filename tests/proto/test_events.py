@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from metisfl.proto import events_pb2 as pb
 from metisfl.proto.errors import PeerError
-from metisfl.proto.events import EVENT_TYPES, LIMITS, PAYLOAD_BYTES_MAX, decode, encode
+from metisfl.proto.events import (
+    EVENT_TYPES,
+    LIMITS,
+    PAYLOAD_BYTES_MAX,
+    decode,
+    encode,
+    may_send,
+)
 
 COMPLETED = pb.TaskCompleted(
     task_id="t", learner="ada", update_digest=bytes(32), examples=3, metrics={"loss": 0.5}
@@ -78,3 +85,10 @@ def test_an_unknown_type_and_a_flood_of_bytes_are_refused() -> None:
         decode("Shutdown", b"")
     with pytest.raises(PeerError, match=f"at most {PAYLOAD_BYTES_MAX}"):
         decode("TaskFailed", bytes(PAYLOAD_BYTES_MAX + 1))
+
+
+@pytest.mark.parametrize("message", [pb.RunStarted(run_id="r"), pb.RunStopped(run_id="r")])
+def test_only_drivers_begin_and_stop_runs(message: pb.RunStarted | pb.RunStopped) -> None:
+    assert may_send("driver:ops", message)
+    for other in ("controller", "learner:ada", "learner:driver", "broker", "drivers:ops", ""):
+        assert not may_send(other, message)

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 from simulated.controller_node import ControllerNode
+from simulated.learner_node import LearnerNode
 
 from metisfl.broker.lane import Lane
 from metisfl.broker.sequencer import Sequencer
 from metisfl.broker.window import Window
-from metisfl.controller import conductor, messages, scheduling, snapshot
+from metisfl.controller import conductor, messages, round, scheduling, snapshot
 from metisfl.controller.lease import Leases
+from metisfl.controller.state import Phase
 from metisfl.controller.uploads import Uploads
 from metisfl.learner import task
+from metisfl.proto import events_pb2 as pb
 from metisfl.proto.credit import Receiver
 
-__all__ = ["MUTANTS"]
+__all__ = ["FIRST_SEEDS", "MUTANTS"]
 
 Patch = pytest.MonkeyPatch
 
@@ -140,6 +143,31 @@ def fold_is_asked_for_once(patch: Patch) -> None:
     patch.setattr(conductor.Conductor, "take", take)
 
 
+def stop_is_not_heard(patch: Patch) -> None:
+    """It is in the log, and the run goes on."""
+    table = {**round._TRANSITIONS, "RunStopped": (frozenset(Phase), lambda run, event: (run, ""))}
+    patch.setattr(round, "_TRANSITIONS", table)
+
+
+def end_of_a_run_overtakes_its_fold(patch: Patch) -> None:
+    patch.setattr(conductor.Conductor, "_must_wait", lambda self, effect: False)
+
+
+def end_names_the_round_that_was_open(patch: Patch) -> None:
+    original = messages._finished
+
+    def finished(run: Any, plan: Any, *of: Any) -> Any:
+        effect = original(run, plan, *of)
+        effect.message.rounds = run.round
+        return effect
+
+    patch.setattr(messages, "_finished", finished)
+
+
+def learner_goes_on_with_a_run_that_is_over(patch: Patch) -> None:
+    patch.setattr(task, "_is_over", lambda tasks, assigned: False)
+
+
 def update_is_announced_before_it_is_durable(patch: Patch) -> None:
     original = Uploads._finish
 
@@ -163,6 +191,30 @@ def credit_is_not_taken_back(patch: Patch) -> None:
     patch.setattr(Receiver, "narrow", lambda self: None)
 
 
+def site_opens_a_round_again(patch: Patch) -> None:
+    patch.setattr(task, "_left", lambda job: False)
+    patch.setattr(task, "_marked", lambda tasks, job, outcome: tasks)
+
+
+def partial_is_noted_without_waiting_for_the_disk(patch: Patch) -> None:
+    original = LearnerNode._trained
+
+    def trained(self: LearnerNode, assigned: Any, earlier: Any) -> Any:
+        result, _ = original(self, assigned, earlier)
+        return result, False
+
+    patch.setattr(LearnerNode, "_trained", trained)
+
+
+def model_is_opened_by_some_of_its_sites(patch: Patch) -> None:
+    original = round._asked
+
+    def asked(run: Any, kind: Any, names: Any) -> Any:
+        return original(run, kind, [*names][: 1 if kind == pb.OPEN else None])
+
+    patch.setattr(round, "_asked", asked)
+
+
 # defect, and the law that it breaks
 MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (window_acknowledges_on_silence, "I1"),
@@ -178,7 +230,17 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (seed_depends_on_the_attempt, "I6"),
     (leases_never_end, "I4"),
     (fold_is_asked_for_once, "I4"),
+    (stop_is_not_heard, "I10"),
+    (end_of_a_run_overtakes_its_fold, "I10"),
+    (end_names_the_round_that_was_open, "I10"),
+    (learner_goes_on_with_a_run_that_is_over, "I10"),
     (update_is_announced_before_it_is_durable, "I3"),
     (learner_trains_again_after_a_restart, "I3"),
     (credit_is_not_taken_back, "I8"),
+    (site_opens_a_round_again, "I11"),
+    (partial_is_noted_without_waiting_for_the_disk, "I11"),
+    (model_is_opened_by_some_of_its_sites, "I12"),
 ]
+
+FIRST_SEEDS = {site_opens_a_round_again: 500, partial_is_noted_without_waiting_for_the_disk: 500}
+"""Where to begin to look for what shows in one federation of a thousand."""

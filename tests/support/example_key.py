@@ -21,6 +21,7 @@ PUBLIC = PublicPart(
     min_contributors=2,
     max_share=0.95,
     verify="none",
+    site_names="",
     context=b"openfhe's context",
     public_key=b"openfhe's public key",
 )

@@ -13,12 +13,14 @@ from metisfl.proto import events_pb2 as pb
 from metisfl.proto.records import pack_record, record_digest
 
 
-def recorded(folder: Path, rounds: int = 3, *, fails: bool = False) -> World:
-    """A run with all its records in `folder`."""
+def recorded(folder: Path, rounds: int = 3, *, fails: bool = False, stops: bool = False) -> World:
+    """A run with all its records in `folder`; in its last round it `fails` or is stopped."""
     world = World()
     world.start(plan(rounds))
     known = b""
     while world.run.phase is not Phase.FINISHED:
+        if stops and world.run.round == rounds:
+            world.log_event(pb.RunStopped(run_id="r1", reason="enough"), "driver:d")
         for task_id in list(world.run.tasks):
             if fails and world.run.round == rounds:
                 name = task_id.rsplit(".", 1)[1]

@@ -162,7 +162,7 @@ class ControllerNode(Node):
         """Tell the bulk endpoint whose updates are welcome now."""
         run = self.conductor.run
         plan = run.plan
-        if plan is None or run.phase is not Phase.TRAINING:
+        if plan is None or run.phase not in (Phase.TRAINING, Phase.OPENING):
             self.door.expect({})
             return
         self.door.expect(

@@ -1,4 +1,4 @@
-"""A driver: it asks for runs, one after the other, and reads everything.
+"""A driver: it asks for runs, one after the other, stops some, and reads everything.
 
 Law: that a run was asked for is committed with the place in the log at which it was.
 """
@@ -51,12 +51,28 @@ class DriverNode(Node):
             self.disk.power_cut()
         self.client = None
 
+    def _stop(self, run_id: str) -> None:
+        """What it reads again after a crash it may stop again."""
+        assert self.client is not None
+        self.say("stops", run_id)
+        changes: Changes = {}
+        stopped = pb.RunStopped(run_id=run_id, reason="enough")
+        self._outbox.append(changes, topics.run_topic(FEDERATION), stopped, run_id)
+        self.disk.commit(changes)
+        self.client.flush()
+
     def _on_batch(self, records: Records, through: int, caught_up: bool, trimmed_to: int) -> None:
         assert self.client is not None
         changes: Changes = {}
         ended = self.disk.get("ended", 0)
         for _, _, message in records:
             current = self._scenario.runs[ended].run_id if ended < len(self._scenario.runs) else ""
+            if (
+                isinstance(message, pb.RunStarted | pb.RoundOpened)
+                and message.run_id == current
+                and self._scenario.stops(current, getattr(message, "round", -1))
+            ):
+                self.later(2.0 * self.scheduler.random.random(), self._stop, current)
             if isinstance(message, pb.RunFinished) and message.run_id == current:
                 ended += 1
                 changes["ended"] = ended

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from metisfl.controller.round import apply
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Invariants"]
 
 
+VOID = pb.RoundOpened | pb.RoundClosed | pb.ModelOpened | pb.RunStopped
+
+
 class Invariants:
     """The nodes tell it what they do; it raises Broken when that must not be."""
 
@@ -47,6 +51,7 @@ class Invariants:
         self._cursors: dict[tuple[str, str], int] = {}
         self._floor = 0  # the log was trimmed up to here
         self._answered: set[bytes] = set()
+        self._partials: dict[tuple[str, int, str], bytes] = {}
         self._trainings: Counter[str] = Counter()
         self._allowed: Counter[str] = Counter()  # trainings whose result is lost
         self._results: dict[str, dict[str, pb.TaskAssigned]] = defaultdict(dict)
@@ -94,8 +99,9 @@ class Invariants:
         state, dropped = apply(self.states[-1], Logged(message, envelope.publisher, logged))
         state.validate()  # the controller's is compared with it
         self.states.append(state)
+        self.ledger.check_end(message)
         # Two decisions of one moment may cross: the second to be logged is void.
-        if not (dropped and isinstance(message, pb.RoundOpened | pb.RoundClosed)):
+        if not (dropped and isinstance(message, VOID)):
             self.ledger.take(message)
 
     def opened(self, envelope: bytes) -> tuple[Any, Any]:
@@ -170,6 +176,19 @@ class Invariants:
                 f"{task.task_id} was trained {self._trainings[task.task_id]} times; "
                 f"{self._allowed[task.task_id]} times its result was lost in a crash",
             )
+
+    def leaves(self, task: pb.TaskAssigned, digest: bytes) -> None:
+        """A site begins to send what it has made."""
+        if task.kind != pb.OPEN:
+            return
+        known = self._partials.setdefault((task.run_id, task.round, task.learner), digest)
+        if known != digest:
+            raise Broken("I11", f"two partials of round {task.round} leave {task.learner}")
+
+    def works(self, task: pb.TaskAssigned, over: Mapping[str, tuple[float, int]]) -> None:
+        """A site begins with a task; it knows what is over."""
+        if over.get(task.run_id, (0, 0))[0] == inf:
+            raise Broken("I10", f"{task.learner} begins {task.task_id}; its run has ended")
 
     def lost(self, learner: str, left: Tasks, files: Mapping[Any, Any]) -> None:
         """A learner has died, and this is what its disk holds: what is not there may come again."""

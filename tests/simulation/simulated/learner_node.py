@@ -19,7 +19,7 @@ from simulated.client import Client, Records
 from simulated.disk import Changes, Disk, Outbox
 from simulated.invariants import Invariants
 from simulated.network import Network
-from simulated.scenario import FEDERATION, Scenario, sealed, trained
+from simulated.scenario import FEDERATION, Scenario, partial, sealed, trained
 from simulated.scheduler import Node, Scheduler
 from simulated.transfer import Transfer
 
@@ -62,7 +62,7 @@ class LearnerNode(Node):
         self._working = ""  # the task that the training process has
         self._cancelled = False
         self._transfer: Transfer | None = None
-        self._fetched = b""
+        self._fetched: list[bytes] = []
         self._outbox = Outbox(self.disk, f"learner:{self.name}")
         self.client = Client(self, self._network, self._outbox, self._invariants)
         self.later(APPLICATION_S, self._loaded)
@@ -224,29 +224,32 @@ class LearnerNode(Node):
     def _fetch(self, task: pb.TaskAssigned) -> None:
         if self._turn is not task:
             return
-        digest = task.model_digest
-        if digest == self._fetched or ("model", digest) in self.disk.files:
-            self._has_model(task)
+        wanted = [one for one in (task.model_digest, task.partials_digest) if one]
+        files = self.disk.files
+        for digest in wanted:
+            if digest in self._fetched or ("model", digest) in files:
+                continue
+            for kind, name in list(files):
+                if kind == "model" and name not in wanted:
+                    del files[kind, name]
+            self._transfer = Transfer.download(
+                self,
+                self._network,
+                digest,
+                lambda refusal, _, digest=digest: self._downloaded(task, digest, refusal),
+            )
             return
-        for kind, name in list(self.disk.files):
-            if kind == "model":
-                del self.disk.files[kind, name]
-        self._transfer = Transfer.download(
-            self, self._network, digest, lambda refusal, _: self._downloaded(task, refusal)
-        )
+        self._fetched = wanted
+        self._over()
+        self._handle([t.Fetched(task.task_id)])
 
-    def _downloaded(self, task: pb.TaskAssigned, refusal: str) -> None:
+    def _downloaded(self, task: pb.TaskAssigned, digest: bytes, refusal: str) -> None:
         if refusal:
             self._over()
             self._fail(task, f"the controller has not given the model: {refusal}")
             return
-        self.disk.files["model", task.model_digest] = (task.model_digest, False)
-        self._has_model(task)
-
-    def _has_model(self, task: pb.TaskAssigned) -> None:
-        self._fetched = task.model_digest
-        self._over()
-        self._handle([t.Fetched(task.task_id)])
+        self.disk.files["model", digest] = (digest, False)
+        self._fetch(task)
 
     # ---- Working ------------------------------------------------------------------------
 
@@ -259,6 +262,7 @@ class LearnerNode(Node):
             self._handle([t.Lost(task.task_id)])
             return
         self._working = task.task_id
+        self._invariants.works(task, self.tasks.over)
         self.say("works", task.task_id, "sealing" if earlier else "")
         chance = self.scheduler.random.random
         takes_s = self._scenario.training_s * (0.2 + chance())
@@ -294,6 +298,10 @@ class LearnerNode(Node):
         if task.kind == pb.EVALUATE:
             metrics = {"test.examples": float(examples), "test.loss": 0.5}
             return (t.Outcome(b"", examples, 1, metrics, 0.1), ""), durable
+        if task.kind == pb.OPEN:
+            made = partial(task, self.scheduler.random.random())
+            files["update", task.task_id] = (made, True)
+            return (t.Outcome(made, 0, 0, {}, 0.1), ""), True
         if earlier is None:
             self._invariants.trained(task)
         plain = trained(task)
@@ -327,6 +335,7 @@ class LearnerNode(Node):
     def _upload(self, task: pb.TaskAssigned, digest: bytes) -> None:
         if self._turn is not task:
             return
+        self._invariants.leaves(task, digest)
         self._transfer = Transfer.upload(
             self,
             self._network,
@@ -365,4 +374,4 @@ def _round(task: pb.TaskAssigned) -> str:
 
 
 def _trains(task: pb.TaskAssigned) -> bool:
-    return task.kind != pb.EVALUATE
+    return task.kind in (pb.INITIALISE, pb.TRAIN)

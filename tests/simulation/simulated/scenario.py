@@ -16,7 +16,7 @@ from typing import Final
 from metisfl.controller.state import Terms
 from metisfl.proto import events_pb2 as pb
 
-__all__ = ["FEDERATION", "Scenario", "folded", "sealed", "trained"]
+__all__ = ["FEDERATION", "Scenario", "folded", "partial", "sealed", "trained"]
 
 FEDERATION: Final = "f"
 NAMES: Final = ("ada", "bob", "cyd", "dan", "eve", "fay")
@@ -67,13 +67,16 @@ class Scenario:
             )
             for number in range(choose.choice((1, 1, 1, 2)))
         )
+        joint = encrypted and len(learners) > 1 and _lot("joint", seed) < 0.4
+        for run in runs if joint else ():
+            run.privacy = "ckks-threshold"
         return Scenario(
             seed=seed,
             faults=faults,
             learners=learners,
             runs=runs,
             asks_in_vain=choose.random() < 0.15,
-            terms=Terms(weight_sum_max=3 * len(NAMES)) if encrypted else None,
+            terms=Terms(3 * len(NAMES), sites=learners if joint else ()) if encrypted else None,
             examples=tuple(choose.randint(5, 15) for _ in learners),
             chunks=choose.choice((1, 2, 3, 5, 9, 20)),
             budget=choose.choice((2, 5, 64)),
@@ -92,7 +95,11 @@ class Scenario:
     def failure(self, task: pb.TaskAssigned) -> str:
         """Why this task cannot be done at this site; "" for most."""
         lot = _lot("failure", self.seed, task.run_id, task.round, task.kind, task.learner)
-        return "the data has gone" if lot < 0.03 else ""
+        return "the data has gone" if lot < (0.004 if task.kind == pb.OPEN else 0.03) else ""
+
+    def stops(self, run_id: str, round_number: int) -> bool:
+        """Whether the driver stops the run while this round is open, or soon after."""
+        return _lot("stop", self.seed, run_id, round_number) < 0.08
 
     def exponents(self, task: pb.TaskAssigned) -> tuple[int, ...]:
         """Those that the update of a task needs, encrypted or not."""
@@ -122,6 +129,11 @@ def trained(task: pb.TaskAssigned) -> bytes:
 def sealed(plain: bytes, exponents: Iterable[int]) -> bytes:
     """An encrypted update: of what was trained and the round's exponents."""
     return _digest("sealed", plain, *(tuple(exponents) or (0,) * TENSORS))
+
+
+def partial(task: pb.TaskAssigned, chance: float) -> bytes:
+    """A site's partial of a model: another one whenever it is made."""
+    return _digest("partial", task.model_digest, task.learner, chance)
 
 
 def folded(base: bytes, contributions: Sequence[tuple[str, float, bytes]]) -> bytes:
