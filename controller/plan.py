@@ -37,7 +37,7 @@ def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
     if terms and terms.sites and tuple(names) != terms.sites:
         return (
             f"its learners are {', '.join(names)}; the joint key's sites are "
-            f"{', '.join(terms.sites)}; all sites of a joint key open a model, and nobody else can: "
+            f"{', '.join(terms.sites)}. All of them open a model together, and nobody else can: "
             "change the list, or make another key with `metisfl keys ceremony`"
         )
     if terms and plan.quorum < terms.min_contributors:

@@ -269,7 +269,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
 def updates_of_a_round(outcome: Outcome) -> str:
     """How large the updates of a round are, for people."""
     size, plain = readable_bytes(outcome.update_bytes), readable_bytes(outcome.plain_bytes)
-    how = f"encrypted (in plain {plain})" if outcome.privacy == "ckks" else "not encrypted"
+    how = f"encrypted (in plain {plain})" if outcome.privacy != "plain" else "not encrypted"
     return f"updates of a round, all learners together: {size}, {how}"
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from metisfl.proto import ckks
 from metisfl.proto.errors import UserError
@@ -81,7 +81,7 @@ class Encryption:
 class Federation:
     """A whole federation file. Endpoints are those to bind; port 0 leaves the choice of port.
 
-    `encryption` is used where `privacy` is "ckks". `max_examples` 0: a learner may have any number.
+    `encryption` is used where `privacy` is not "plain". `max_examples` 0: any number.
     """
 
     name: str
@@ -100,6 +100,9 @@ class Federation:
     bulk: str
     max_examples: int = 0
 
+
+JOINT: Final = "ckks-threshold"
+ENCRYPTED: Final = ("ckks", JOINT)
 
 Check = Callable[[str, object], Any]  # (path of the key, value) -> value to use; or UserError
 REQUIRED = object()
@@ -165,12 +168,14 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
             f"allowed is 1 to {len(learners)}"
         )
     encryption = Encryption(**found["encryption"])
-    if run["privacy"] == "ckks":
+    if run["privacy"] == JOINT:
+        _check_joint(encryption, len(learners))
+    if run["privacy"] in ENCRYPTED:
         _check_sums(encryption, quorum, len(learners))
     elif "encryption" in document:
         raise UserError(
             'encryption: not used where federation.privacy is "plain"; remove the table or set '
-            'privacy = "ckks"'
+            f'privacy = "ckks" or "{JOINT}"'
         )
 
     endpoints = {
@@ -198,6 +203,21 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
         live=endpoints["broker.live"],
         bulk=endpoints["controller.bulk"],
     )
+
+
+def _check_joint(encryption: Encryption, learners: int) -> None:
+    """Refuse what no joint key can be made for."""
+    if encryption.profile not in (None, ckks.JOINT_PROFILE):
+        raise UserError(
+            f'encryption.profile: a joint key has the profile "{ckks.JOINT_PROFILE}"; remove the '
+            "line, or take another privacy mode"
+        )
+    most = ckks.joint_sites_max(encryption.error)
+    if not 2 <= learners <= most:
+        raise UserError(
+            f"federation.privacy: a joint key of {learners} sites; with an error of "
+            f"{encryption.error:g} allowed are 2 to {most}"
+        )
 
 
 def _check_sums(encryption: Encryption, quorum: int, learners: int) -> None:
@@ -346,7 +366,7 @@ DOCUMENT = {
             "without_quorum": Key(_choice("wait", "fail"), "wait"),
             "lease_s": Key(_number(1, 86_400), 60.0),
             "seed": Key(_integer(0, 2**63 - 1), 0),
-            "privacy": Key(_choice("plain", "ckks"), "ckks"),
+            "privacy": Key(_choice("plain", *ENCRYPTED), "ckks"),
             "max_examples": Key(_integer(0, 2**53), 0),
         }
     ),

@@ -108,8 +108,8 @@ class Crypto:
             raise UserError("the secret part belongs to another key than the public part")
         if bool(secret.mask_key) != public.is_joint:
             raise UserError(
-                "the secret part has a mask key, or lacks one, against what the public part says; take "
-                "both from the folder in which they were made"
+                "the secret part has a mask key, or lacks one, against what the public part says; "
+                "take both from the folder in which they were made"
             )
         binary = self._openfhe.BINARY
         try:

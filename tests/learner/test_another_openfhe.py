@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from metisfl.learner import crypto as module
-from metisfl.learner.crypto import Crypto, generate, load_openfhe
+from metisfl.learner.crypto import Crypto, generate
+from metisfl.learner.openfhe_door import load_openfhe
 from metisfl.proto import ckks
 from metisfl.proto.errors import MachineError
 
@@ -102,11 +103,11 @@ OTHERS = {
     "keeps limbs in another order": (lambda: serialises(reversed_limbs), "a sum came back wrong"),
     "writes at several lengths": (
         lambda: serialises(after(4, lambda data: data + b"\0")),
-        "ciphertexts of one key have several lengths",
+        "objects of one kind have several lengths",
     ),
     "writes in several forms": (
         lambda: serialises(after(4, lambda data: data[:-1] + b"\7")),
-        "ciphertexts of one key differ in more than their limbs",
+        "objects of one kind differ in more than their limbs",
     ),
     "has no secret-key encryption": (
         lambda: in_context(Encrypt=without_secret_keys),
@@ -182,7 +183,7 @@ def test_a_machine_without_openfhe_is_told_what_to_install(
 
 ASK_OPENMP = """
 import ctypes, os
-from metisfl.learner.crypto import load_openfhe
+from metisfl.learner.openfhe_door import load_openfhe
 load_openfhe()
 print(ctypes.CDLL("libgomp.so.1").omp_get_max_threads(), os.environ.get("OMP_NUM_THREADS"))
 """

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from openfhe_bytes import MODULUS, check_parsers, samples, serialised
 
 from metisfl.learner.ciphertext_layout import parse_ciphertext, parse_secret_key
-from metisfl.learner.crypto import generate, load_openfhe
+from metisfl.learner.crypto import generate
+from metisfl.learner.openfhe_door import load_openfhe
 from metisfl.proto.errors import PeerError
 
 SAMPLES = samples()

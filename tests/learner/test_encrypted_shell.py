@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from example_key import public_part
 from learner_site import site, task
 
 from metisfl.learner import shell
@@ -19,7 +19,7 @@ from metisfl.proto import events_pb2 as pb
 from metisfl.proto.model_file import write_model
 from metisfl.proto.tensors import Tensor
 
-PUBLIC = SimpleNamespace(verify="none")
+PUBLIC = public_part()
 NEEDED = (0, 12)
 
 
@@ -233,7 +233,7 @@ def test_a_model_is_verified_once_before_it_is_opened_if_the_key_says_so(
     monkeypatch.setattr(shell, "verify", verify)
 
     async def scenario() -> None:
-        async with site(tmp_path, SimpleNamespace(verify=mode)) as ada:
+        async with site(tmp_path, public_part(verify=mode)) as ada:
             if mode == "full" and not honest:
                 ada.around.log(sealed_task(1, kind=kind))
                 failed = await ada.said(pb.TaskFailed)

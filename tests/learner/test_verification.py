@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from example_key import public_part
 
 from metisfl.controller.encrypted_fold import EncryptedUpdate, fold_encrypted
 from metisfl.learner.transfer import DownloadRefused
@@ -27,9 +27,7 @@ from metisfl.proto.tensors import (
     serialise_manifest,
 )
 
-PUBLIC: Any = SimpleNamespace(
-    fingerprint=b"f" * 16, limb_bits=44, ring_dimension=2048, modulus=(1 << 44) - 17
-)
+PUBLIC = public_part()
 CONTEXT = Context(PUBLIC.fingerprint, PUBLIC.limb_bits, PUBLIC.ring_dimension, PUBLIC.modulus)
 VALUES = 13 * 2048 + 5  # two blocks
 TENSORS = [

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from joint_keys import joint_keys
+
+from metisfl.deploy.ckks_keys import write_new_key
 from metisfl.deploy.processes import free_endpoints
 from metisfl.deploy.run_folder import RunFolder, create_run_folder
 from metisfl.proto.records import RoundRecord, unpack_record
@@ -45,6 +48,7 @@ class Daemons:
         sites: dict[str, str],
         *,
         encrypted: bool = False,
+        joint: bool = False,
         late: str = "",
         app: str = "paused:Site",
         wires: bool = False,
@@ -57,7 +61,8 @@ class Daemons:
         """
         self.folder = folder
         self.sites = sites
-        self.privacy = "ckks" if encrypted else "plain"
+        self.privacy = "ckks-threshold" if joint else "ckks" if encrypted else "plain"
+        self.without_quorum = "wait"
         self.pause = folder / "pause"
         paused = APP.format(folder=str(APPS), pause=str(self.pause))
         (folder / "paused.py").write_text(paused)
@@ -74,6 +79,8 @@ class Daemons:
         self.drivers: list[subprocess.Popen[str]] = []
         if encrypted:
             self._give_key()
+        if joint:
+            self._give_joint_key()
         for name in self.names if started else ():
             if name != late:
                 self.start(name)
@@ -90,6 +97,14 @@ class Daemons:
             shutil.copy(made / "public.ckks", home / "keys")
         for home in self.homes.learners.values():
             shutil.copy(made / "secret.ckks", home / "keys")
+
+    def _give_joint_key(self) -> None:
+        """What a ceremony would make."""
+        for name, (public, secret) in joint_keys(list(self.sites)).items():
+            write_new_key(self.homes.learners[name] / "keys", public, secret)
+        shutil.copy(
+            self.homes.learners[name] / "keys" / "public.ckks", self.homes.controller / "keys"
+        )
 
     def module_and_options(self, name: str) -> tuple[str, dict[str, str]]:
         """How a daemon is started: `python -m MODULE --option value ...`."""
@@ -126,6 +141,7 @@ class Daemons:
         """The file that asks for a run of these daemons."""
         text = f"[federation]\nname = 'outages'\nrounds = {rounds}\nquorum = {quorum}\n"
         text += f"privacy = '{self.privacy}'\nlease_s = {lease_s}\n"
+        text += f"without_quorum = '{self.without_quorum}'\n"
         text += f"[app]\nobject = '{self.app}'\npath = '{self.folder}'\n"
         text += f"[broker]\ningress = '{self.ingress}'\nlive = '{self.live}'\n"
         text += "".join(f"[[learners]]\nname = '{name}'\n" for name in self.sites)
