@@ -158,6 +158,7 @@ def assignments(run: Run, plan: pb.RunStarted) -> tuple[Effect, ...]:
                 privacy=plan.privacy,
                 initial_seed=seed_of(plan.seed, 0, run.initialiser or task.learner),
                 partials_digest=run.partials_digest,
+                continues=plan.continues if task.kind == pb.INITIALISE else "",
             ),
             task.task_id,
         )

@@ -29,6 +29,11 @@ def refusal(plan: pb.RunStarted, terms: Terms | None) -> str:
             f"privacy mode {plan.privacy!r}; this controller {have}, so its runs have the privacy "
             f"mode {privacy!r}"
         )
+    if plan.continues and not (terms and terms.sites):
+        return (
+            f"it goes on from run {plan.continues}; only sites of a joint key keep what they have "
+            "opened: start without --continue"
+        )
     if terms and len(names) > terms.weight_sum_max:
         return (
             f"{len(names)} learners; the key is made for at most {terms.weight_sum_max}: make a "

@@ -42,6 +42,14 @@ def command(argv: list[str]) -> int:
         metavar="DIR",
         help="the driver's folder; keys/ holds its identity.key and servers",
     )
+    parser.add_argument(
+        "--continue",
+        dest="continues",
+        default="",
+        metavar="RUN",
+        help="begin with the newest model that a site opened in that run, also under another key "
+        "since (privacy mode ckks-threshold)",
+    )
     add_insecure(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout at the end"
@@ -55,7 +63,9 @@ def command(argv: list[str]) -> int:
         logs.configure("metisfl", level="warning")
 
         async def follow() -> None:
-            views.append(await _follow(federation, options.home, options.insecure))
+            views.append(
+                await _follow(federation, options.home, options.continues, options.insecure)
+            )
 
         await first_end([asyncio.ensure_future(part) for part in (follow(), stop.wait())])
         if not views:
@@ -75,7 +85,7 @@ def command(argv: list[str]) -> int:
     return 0
 
 
-async def _follow(federation: Federation, home: Path, insecure: bool) -> View:
+async def _follow(federation: Federation, home: Path, continues: str, insecure: bool) -> View:
     access = load_access(federation, home, insecure=insecure)
     if not access.principal.startswith("driver:"):
         raise UserError(f"{home}/keys holds the key of {access.principal}; only a driver asks")
@@ -86,7 +96,7 @@ async def _follow(federation: Federation, home: Path, insecure: bool) -> View:
     # What an earlier command asked for and the broker never got is not asked for any more.
     for left in home.glob("driver.db*"):
         left.unlink()
-    view = new_view(federation)
+    view = new_view(federation, continues)
     with screen_for(view) as screen, closing(open_database(home / "driver.db")) as connection:
         if insecure:
             screen.say(INSECURE)

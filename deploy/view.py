@@ -64,6 +64,7 @@ class View:
     waits_for: str = ""  # in the controller's words
     asked: Mapping[str, str] = MappingProxyType({})  # by learner, its task that is not answered
     failed: frozenset[str] = frozenset()  # learners that have failed in this round
+    continues: str = ""  # the run whose newest model this one begins with
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -40,13 +40,17 @@ class RunStopped(RunFailed):
     exit_code = 5
 
 
-def new_view(federation: Federation) -> View:
-    """The view of a run that is about to be asked for; its id is the time, in UTC."""
+def new_view(federation: Federation, continues: str = "") -> View:
+    """The view of a run that is about to be asked for; its id is the time, in UTC.
+
+    `continues`: the run whose newest model it begins with.
+    """
     names = sorted(learner.name for learner in federation.learners)
     return View(
         run_id=f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}",
         rounds=federation.rounds,
         learners=MappingProxyType({name: LearnerView() for name in names}),
+        continues=continues,
     )
 
 
@@ -97,6 +101,7 @@ def _run_started(federation: Federation, view: View) -> pb.RunStarted:
         seed=federation.seed,
         privacy=federation.privacy,
         max_examples=federation.max_examples,
+        continues=view.continues,
         hyperparameters=pb.Hyperparameters(
             epochs=federation.training.epochs,
             batch_size=federation.training.batch_size,

@@ -75,6 +75,7 @@ def job_of(
         update_path=home.update_path(task.task_id),
         hyperparameters=Hyperparameters(given.epochs, given.batch_size, given.learning_rate),
         keep_folder=home.fresh_final(task.run_id) if task.keep_model else None,
+        continues_path=home.checkpoint_path(task.continues) if task.continues else None,
         opening=_opening(task, home, mark) if encrypted and task.model_digest else None,
         sealing=_sealing(task, home, trained) if encrypted and task.kind in _SEALED else None,
     )
@@ -97,8 +98,12 @@ def _opening(task: pb.TaskAssigned, home: Home, mark: t.Mark | None) -> Opening:
         given = mark.given_digest if mark is not None and mark.given_round == task.round else b""
         return replace(opening, model_digest=task.model_digest, own=(task.learner, given))
     if task.partials_digest:
-        partials = home.model_path(task.partials_digest)
-        return replace(opening, partials_path=partials, model_digest=task.model_digest)
+        return replace(
+            opening,
+            partials_path=home.model_path(task.partials_digest),
+            model_digest=task.model_digest,
+            checkpoint_path=home.checkpoint_path(task.run_id),
+        )
     return opening
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from metisfl.learner.checkpoint import keep
 from metisfl.learner.crypto import Crypto
 from metisfl.learner.jobs import JobLine, Jobs
 from metisfl.learner.partial_file import make_partial
@@ -22,8 +23,8 @@ from metisfl.learner.sealed_file import Exceeded, open_sealed, seal
 from metisfl.learner.worker_messages import DURABLE_S, Job, Result, Sealing
 from metisfl.proto import ckks
 from metisfl.proto.errors import PeerError, UserError
-from metisfl.proto.model_file import open_model, sync_folder
-from metisfl.proto.tensors import float_specs, is_encrypted
+from metisfl.proto.model_file import open_model, sync_folder, write_model
+from metisfl.proto.tensors import compare_manifests, float_specs, is_encrypted, manifest_of
 
 __all__ = ["EncryptedJobs"]
 
@@ -43,6 +44,9 @@ class EncryptedJobs:
             return self._seal(job, job.sealing, Result(examples=job.sealing.examples))
         if job.kind == "open":
             return self._partial(job)
+        if job.continues_path is not None:
+            assert job.sealing is not None
+            return self._seal(job, job.sealing, self._continued(job, job.continues_path))
         plain = job
         if job.model_path is not None:
             plain = replace(plain, model_path=self._opened(job, job.model_path))
@@ -72,7 +76,26 @@ class EncryptedJobs:
                 partials=None if partials is None else files.enter_context(open_model(partials)),
                 model_digest=opening.model_digest,
             )
+        if opening.checkpoint_path is not None:
+            keep(opening.plain_path, opening.checkpoint_path)
         return opening.plain_path
+
+    def _continued(self, job: Job, path: Path) -> Result:
+        """The model of an earlier run in the place of an initial one."""
+        assert job.sealing is not None
+        started_s = time.perf_counter()
+        try:
+            earlier = open_model(path)
+        except FileNotFoundError:
+            raise UserError(
+                f"this site has opened no model of run {path.stem}, or only older ones are kept"
+            ) from None
+        with earlier as model:
+            own = manifest_of(self._jobs.initial(job.seed))
+            if difference := compare_manifests(own, model.manifest):
+                raise UserError(f"the app builds another model than run {path.stem}: {difference}")
+            digest = write_model(job.sealing.trained_path, model.tensors(), sync=False)
+        return Result(trained_digest=digest, training_s=time.perf_counter() - started_s)
 
     def _partial(self, job: Job) -> Result:
         """This site's part in opening a model under a joint key."""

@@ -3,7 +3,7 @@
 Rule 1: a file is named after what it is for (a digest, a task, a round), and whatever is for no
 task any more is deleted.
 Rule 2: in an encrypted federation plain weights lie in `models/*.plain` and in `trained/`, and in
-`final/` for the site itself; uploads come from `outbox/` alone.
+`final/` and `checkpoints/` for the site itself; uploads come from `outbox/` alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Home:
         self._outbox = folder / "outbox"
         self._trained = folder / "trained"
         self._final = folder / "final"
+        self._checkpoints = folder / "checkpoints"
         self.verification = folder / "verification"
-        for each in (self._models, self._outbox, self._trained, self._final):
+        for each in (self._models, self._outbox, self._trained, self._final, self._checkpoints):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)  # plain weights lie here, and nobody else on the machine needs them
 
@@ -57,6 +58,10 @@ class Home:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
+
+    def checkpoint_path(self, run_id: str) -> Path:
+        """The newest model that was opened here in a run of a joint key."""
+        return self._checkpoints / f"{run_id}.model"
 
     def drop_models(self, but: Collection[bytes] = ()) -> None:
         """Delete all community models but these, for a new one to come."""

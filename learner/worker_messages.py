@@ -56,6 +56,8 @@ class Opening:
     """What opens a model of a joint key, the fold of all partials; None to make a partial."""
     model_digest: bytes = b""
     """The model's digest, which partials name."""
+    checkpoint_path: Path | None = None
+    """Where what was opened is kept for a later run."""
     own: tuple[str, bytes] | None = None
     """This site's name, and the digest of the update that it gave in the model's round, if any."""
 
@@ -78,8 +80,9 @@ class Sealing:
 class Job:
     """One task for the worker.
 
-    initialise writes the initial model to `update_path`; train reads `model_path` and writes the
-    update to `update_path`; evaluate reads `model_path` and, with `keep_folder`, saves it there.
+    initialise writes the initial model, or what `continues_path` holds, to `update_path`; train
+    reads `model_path` and writes the update to `update_path`; evaluate reads `model_path` and, with
+    `keep_folder`, saves it there.
     In an encrypted federation `opening` says how the model is opened and `sealing` how the update
     is sealed; seal only does the latter, with a model that an earlier job left, and open makes this
     site's part in opening the model at `model_path`, a partial, at `update_path`.
@@ -91,6 +94,7 @@ class Job:
     update_path: Path | None = None
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     keep_folder: Path | None = None
+    continues_path: Path | None = None
     opening: Opening | None = None
     sealing: Sealing | None = None
 

@@ -260,6 +260,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "hyperparameters": _nested,
             "waits_for_quorum": _number(0, 1),
             "max_examples": _number(0, COUNT_MAX),
+            "continues": _identifier(64, least=0),
         },
         "RunStopped": {"run_id": _run_id, "reason": _reason},
         "ScaleExceeded": {
@@ -285,6 +286,7 @@ LIMITS: Final[Mapping[str, Mapping[str, Check]]] = MappingProxyType(
             "privacy": _text(32),
             "initial_seed": _number(0, 2**63 - 1),
             "partials_digest": _digest_or_none,
+            "continues": _identifier(64, least=0),
         },
         "TaskCancelled": {"task_id": _task_id, "reason": _reason},
         "TaskCompleted": {

@@ -137,7 +137,7 @@ class Hyperparameters(_message.Message):
     def __init__(self, epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class RunStarted(_message.Message):
-    __slots__ = ("run_id", "rounds", "learners", "quorum", "lease_s", "seed", "privacy", "hyperparameters", "waits_for_quorum", "max_examples")
+    __slots__ = ("run_id", "rounds", "learners", "quorum", "lease_s", "seed", "privacy", "hyperparameters", "waits_for_quorum", "max_examples", "continues")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     LEARNERS_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class RunStarted(_message.Message):
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_QUORUM_FIELD_NUMBER: _ClassVar[int]
     MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CONTINUES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     rounds: int
     learners: _containers.RepeatedScalarFieldContainer[str]
@@ -158,7 +159,8 @@ class RunStarted(_message.Message):
     hyperparameters: Hyperparameters
     waits_for_quorum: bool
     max_examples: int
-    def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., waits_for_quorum: _Optional[bool] = ..., max_examples: _Optional[int] = ...) -> None: ...
+    continues: str
+    def __init__(self, run_id: _Optional[str] = ..., rounds: _Optional[int] = ..., learners: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., lease_s: _Optional[float] = ..., seed: _Optional[int] = ..., privacy: _Optional[str] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., waits_for_quorum: _Optional[bool] = ..., max_examples: _Optional[int] = ..., continues: _Optional[str] = ...) -> None: ...
 
 class RunStopped(_message.Message):
     __slots__ = ("run_id", "reason")
@@ -275,7 +277,7 @@ class ModelOpened(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., partials_digest: _Optional[bytes] = ...) -> None: ...
 
 class TaskAssigned(_message.Message):
-    __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model", "attempt", "reference_weight", "exponents", "privacy", "initial_seed", "partials_digest")
+    __slots__ = ("task_id", "run_id", "round", "kind", "learner", "model_digest", "seed", "lease_s", "hyperparameters", "keep_model", "attempt", "reference_weight", "exponents", "privacy", "initial_seed", "partials_digest", "continues")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +294,7 @@ class TaskAssigned(_message.Message):
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
     INITIAL_SEED_FIELD_NUMBER: _ClassVar[int]
     PARTIALS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONTINUES_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     run_id: str
     round: int
@@ -308,7 +311,8 @@ class TaskAssigned(_message.Message):
     privacy: str
     initial_seed: int
     partials_digest: bytes
-    def __init__(self, task_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., learner: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., seed: _Optional[int] = ..., lease_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., keep_model: _Optional[bool] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ..., privacy: _Optional[str] = ..., initial_seed: _Optional[int] = ..., partials_digest: _Optional[bytes] = ...) -> None: ...
+    continues: str
+    def __init__(self, task_id: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., learner: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., seed: _Optional[int] = ..., lease_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., keep_model: _Optional[bool] = ..., attempt: _Optional[int] = ..., reference_weight: _Optional[float] = ..., exponents: _Optional[_Iterable[int]] = ..., privacy: _Optional[str] = ..., initial_seed: _Optional[int] = ..., partials_digest: _Optional[bytes] = ..., continues: _Optional[str] = ...) -> None: ...
 
 class TaskCancelled(_message.Message):
     __slots__ = ("task_id", "reason")

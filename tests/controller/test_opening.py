@@ -189,3 +189,22 @@ def test_a_snapshot_keeps_what_is_being_opened() -> None:
     world = trained(1)
     give(world, 1, LEARNERS[:1])
     assert unpack(pack(world.run), TERMS) == world.run
+
+
+def test_a_run_that_goes_on_from_another_asks_for_that_ones_model() -> None:
+    world, asked = World(Run("f", TERMS)), joint_plan()
+    asked.continues = "r0"
+    world.start(asked)
+    (task,) = assigned(world, pb.INITIALISE)
+    assert task.continues == "r0"
+    told = pb.TaskFailed(task_id=task.task_id, learner=task.learner, reason="no such run here")
+    world.log_event(told, f"learner:{task.learner}")
+    world.perform_all()
+    assert [task.continues for task in assigned(world, pb.INITIALISE)] == ["r0"] * 2, "the next one"
+
+
+def test_only_sites_of_a_joint_key_go_on_from_another_run() -> None:
+    world, asked = World(), plan()
+    asked.continues = "r0"
+    world.log_event(asked, "driver:d")
+    assert "start without --continue" in next(iter(world.run.refused.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -103,3 +104,28 @@ def test_a_site_that_is_missing_when_a_round_is_opened_ends_the_run_by_name(fiel
     with pytest.raises(RunFailed, match="round 1 is folded and cannot be opened") as failed:
         asyncio.run(watched(field, rounds=2, act=act, lease_s=2.0))
     assert "cyd: silent for" in str(failed.value)
+
+
+def test_sites_go_on_under_a_new_key_with_the_model_that_they_have_opened(tmp_path: Path) -> None:
+    """One of them is lost for good; the others make a key without it."""
+    for name in ("three", "two"):
+        (tmp_path / name).mkdir()
+    three = Daemons(tmp_path / "three", dict.fromkeys(SITES, "honest 1"), joint=True)
+    try:
+        before = asyncio.run(watched(three, rounds=2))
+    finally:
+        three.stop()
+    two = Daemons(tmp_path / "two", dict.fromkeys(["ada", "bob"], "honest 1"), joint=True,
+                  started=False)  # fmt: skip
+    for name in two.sites:
+        kept = three.homes.learners[name] / "checkpoints"
+        shutil.copytree(kept, two.homes.learners[name] / "checkpoints")
+    try:
+        for name in two.names:
+            two.start(name)
+        after = asyncio.run(watched(two, rounds=1, continues=before.run_id))
+        assert (before.metrics["test.mean"], after.metrics["test.mean"]) == (2.0, 3.0)
+        with pytest.raises(RunFailed, match="opened no model of run never"):
+            asyncio.run(watched(two, rounds=1, continues="never"))
+    finally:
+        two.stop()

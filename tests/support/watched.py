@@ -62,6 +62,7 @@ async def watched(
     rounds: int,
     act: Act = nothing,
     lease_s: float = 60.0,
+    continues: str = "",
     meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None,
     deadline_s: float = 100.0,
 ) -> View:
@@ -86,7 +87,7 @@ async def watched(
                 daemons.homes.driver_keys,
             ),
             connection=connection,
-            view=new_view(federation),
+            view=new_view(federation, continues),
             screen=_Acting(act),
             meanwhile=also,
         )
