@@ -1,7 +1,8 @@
 """Who may publish and read what, and how much of the live socket one principal may take.
 
 Rule: what is not allowed here is refused. A learner publishes only under its own name and never
-reads another's tasks or completions; only a controller assigns tasks and writes the ledger.
+reads another's tasks or completions; only a controller assigns tasks and writes the ledger. In a
+ceremony all learners of a federation speak to all, under one topic, so that it has one order.
 
 Pure. Principals were authenticated by their keys before anything comes here.
 """
@@ -27,6 +28,7 @@ SUBSCRIPTION_BYTES_MAX: Final = 255
 
 _CONTROLLER_WRITES: Final = frozenset({"run", "task", "ledger", "beat"})
 _LEARNER_WRITES: Final = frozenset({"done", "member", "beat"})
+_LEARNERS_READ: Final = frozenset({"run", "ceremony"})
 _READS_ALL: Final = frozenset({"controller", "driver"})
 _KNOWN: Final = _READS_ALL | {"learner"}
 
@@ -42,6 +44,8 @@ def may_publish(principal: str, topic: Topic) -> bool:
     if role == "controller":
         return topic.kind in _CONTROLLER_WRITES
     if role == "learner":
+        if topic.kind == "ceremony":
+            return bool(name) and topic.subject == ALL
         return topic.kind in _LEARNER_WRITES and topic.subject == name
     return role == "driver" and topic.kind == "run" and topic.subject == ALL
 
@@ -65,7 +69,7 @@ def may_read(principal: str, prefix: str) -> bool:
         topic = parse_topic(prefix)
     except ValueError:
         return False
-    return topic.subject == name or (topic.kind == "run" and topic.subject == ALL)
+    return topic.subject == name or (topic.kind in _LEARNERS_READ and topic.subject == ALL)
 
 
 def may_ask_status(principal: str) -> bool:

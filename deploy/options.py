@@ -7,6 +7,7 @@ to say about a site. A flag wins over the environment.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "add_option",
     "daemon_parser",
     "name_of",
+    "number",
     "size",
     "size_or_none",
     "whole_number",
@@ -129,5 +131,22 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
                 f"{shown} cannot be; allowed is a whole number from {least} to {most}"
             )
         return int(text)
+
+    return check
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """Return an argparse type for a number from `least` to `most`."""
+
+    def check(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} cannot be; allowed is a number from {least:g} to {most:g}"
+            )
+        return value
 
     return check

@@ -15,7 +15,7 @@ from metisfl.deploy.keys import Identity, check_principal, is_public_key
 from metisfl.proto.ckks_key import FILE_BYTES_MAX, SEALED_MAGIC, SecretPart
 from metisfl.proto.errors import MachineError, PeerError, UserError
 
-__all__ = ["open_box", "recipient", "seal_to"]
+__all__ = ["box_for", "content_of", "open_box", "recipient", "seal_to"]
 
 
 def recipient(text: str) -> tuple[str, bytes]:
@@ -44,12 +44,24 @@ def recipient(text: str) -> tuple[str, bytes]:
 def seal_to(public: bytes, secret: SecretPart) -> bytes:
     """The secret part, readable with the secret key of `public` (Z85) alone.
 
-    Raises UserError for a public key that nobody can have the secret of, and MachineError.
+    Raises UserError for a share of a joint key, which is its site's alone, and for a public key
+    that nobody can have the secret of; MachineError.
     """
+    if secret.mask_key:
+        raise UserError(
+            "this is a share of a joint key, and never leaves its site: with it another could open "
+            "what all sites have to open together. For other sites make another key, with all of "
+            "them in its list: metisfl keys ceremony"
+        )
+    return SEALED_MAGIC + box_for(public, secret.pack())
+
+
+def box_for(public: bytes, content: bytes) -> bytes:
+    """`content` in a box of 48 bytes more. Raises as `seal_to` does."""
     nacl = _nacl()
     box = nacl.public.SealedBox(nacl.public.PublicKey(z85.decode(public)))
     try:
-        return SEALED_MAGIC + bytes(box.encrypt(secret.pack()))
+        return bytes(box.encrypt(content))
     except nacl.exceptions.CryptoError:  # a point of small order, such as zero
         raise UserError(
             f"{public.decode()} is no key that can be sealed to: take the line that `metisfl keys "
@@ -59,24 +71,31 @@ def seal_to(public: bytes, secret: SecretPart) -> bytes:
 
 def open_box(sealed: bytes, identity: Identity) -> SecretPart:
     """Open what was sealed to this identity. Raises UserError for what is not, or is damaged."""
-    nacl = _nacl()
     if not sealed.startswith(SEALED_MAGIC) or len(sealed) > FILE_BYTES_MAX:
         raise UserError(
             f"this is no sealed key: `metisfl keys seal` makes them, and they begin with "
             f"{SEALED_MAGIC.decode()} and have up to {FILE_BYTES_MAX} bytes"
         )
-    box = nacl.public.SealedBox(nacl.public.PrivateKey(z85.decode(identity.secret)))
-    try:
-        content: bytes = box.decrypt(sealed[len(SEALED_MAGIC) :])
-    except nacl.exceptions.CryptoError:
+    content = content_of(sealed[len(SEALED_MAGIC) :], identity)
+    if content is None:
         raise UserError(
             f"it is damaged, or was sealed to another key than that of this site; have it sealed "
             f"again, to: {identity.public_line}"
-        ) from None
+        )
     try:
         return SecretPart.parse(content)
     except PeerError as error:
         raise UserError(f"what was sealed is no key: {error}; have it sealed again") from None
+
+
+def content_of(box: bytes, identity: Identity) -> bytes | None:
+    """What is in a box for this identity; None if it is damaged or for another."""
+    nacl = _nacl()
+    opener = nacl.public.SealedBox(nacl.public.PrivateKey(z85.decode(identity.secret)))
+    try:
+        return bytes(opener.decrypt(box))
+    except nacl.exceptions.CryptoError:
+        return None
 
 
 def _nacl() -> ModuleType:

@@ -19,6 +19,7 @@ __all__ = [
     "Topic",
     "access_topic",
     "beat_topic",
+    "ceremony_topic",
     "check_name",
     "done_topic",
     "federation_lane",
@@ -34,7 +35,9 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 ALL = "all"
 HEADS = b"hb/"
 TRANSIENT_KINDS = frozenset({"beat"})
-KINDS = frozenset({"run", "task", "done", "member", "ledger", "access"}) | TRANSIENT_KINDS
+KINDS = frozenset(
+    {"run", "task", "done", "member", "ledger", "access", "ceremony"} | TRANSIENT_KINDS
+)
 TOPIC_BYTES_MAX = 160
 
 
@@ -109,6 +112,10 @@ def ledger_topic(federation: str, learner: str) -> str:
 
 def access_topic(federation: str) -> str:
     return f"{federation}/access/{ALL}/"
+
+
+def ceremony_topic(federation: str) -> str:
+    return f"{federation}/ceremony/{ALL}/"
 
 
 def beat_topic(federation: str, learner: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,3 +93,27 @@ def test_only_drivers_begin_and_stop_runs(message: pb.RunStarted | pb.RunStopped
     assert may_send("driver:ops", message)
     for other in ("controller", "learner:ada", "learner:driver", "broker", "drivers:ops", ""):
         assert not may_send(other, message)
+
+
+def test_a_learner_says_the_steps_of_a_ceremony_for_itself_alone() -> None:
+    step = pb.CeremonyStep(ceremony=bytes(16), learner="ada", step=1, signature=bytes(64))
+    assert may_send("learner:ada", step)
+    for other in ("learner:bob", "controller", "driver:ada", "broker"):
+        assert not may_send(other, step)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"ceremony": bytes(15)}, "ceremony has 15 bytes; it has 16"),
+        ({"step": 0}, "step is 0; allowed are 1 to 5"),
+        ({"step": 6}, "step is 6; allowed are 1 to 5"),
+        ({"body": bytes(128 * 1024 + 1)}, "body has 131073 bytes; at most 131072"),
+        ({"signature": bytes(65)}, "signature has 65 bytes; it has 64"),
+    ],
+)
+def test_a_step_of_a_ceremony_has_limits(change: dict[str, Any], complaint: str) -> None:
+    good = {"ceremony": bytes(16), "learner": "ada", "step": 1, "signature": bytes(64)}
+    step = pb.CeremonyStep(**{**good, **change})
+    with pytest.raises(PeerError, match=complaint):
+        decode("CeremonyStep", step.SerializeToString())

@@ -17,7 +17,9 @@ from metisfl.deploy import invitation_code as ic
 from metisfl.deploy.keys import IDENTITY_FILE, create_identity, load_identity
 from metisfl.deploy.sealing import recipient
 from metisfl.deploy.settings import load_federation
-from metisfl.proto import ckks_key
+from metisfl.learner import ceremony_kept
+from metisfl.learner.ceremony_file import load_manifest
+from metisfl.proto import ceremony, ckks_key
 from metisfl.proto.errors import MachineError, PeerError, UserError
 from metisfl.proto.records import Counted, Missing, RoundRecord, pack_record, unpack_record
 from metisfl.proto.topics import NAME
@@ -210,6 +212,58 @@ def audit_lines() -> Iterator[bytes]:
     yield audit_line.pack(audit_line.Line(1, time, "admitted", facts, audit_line.NO_DIGEST))
 
 
+SITES = (("ada", KEY), ("bob", OTHER_KEY))
+MANIFEST = ceremony.Manifest("f", "0123456789abcdef" * 2, SITES, 1e-6, 2, 0.95, "none")
+
+
+def a_ceremony(data: bytes) -> bool:
+    with refused(UserError):
+        found = load_manifest(file_named("ceremony.toml", data))
+        again = load_manifest(file_named("ceremony.toml", found.text().encode()))
+        assert again == found
+        assert again.digest == found.digest
+        assert all(map(NAME.fullmatch, found.names))
+        return True
+    return False
+
+
+def ceremonies() -> Iterator[bytes]:
+    yield MANIFEST.text().encode()
+
+
+def said(data: bytes) -> bool:
+    """A first byte of 2 to 9 is the number of sites of an offer; any other: a confirmation."""
+    sites, body = data[0] if data else 0, data[1:]
+    with refused(PeerError):
+        if 2 <= sites <= 9:
+            assert ceremony.pack_offer(ceremony.parse_offer(body, sites)) == body
+        elif (found := ceremony.parse_confirmation(body, MANIFEST.names)).site:
+            assert ceremony.pack_complaint(found.kind, found.site) == body
+        return True
+    return False
+
+
+def steps_said() -> Iterator[bytes]:
+    boxes = (bytes(ceremony.BOX_BYTES),)
+    offer = ceremony.Offer(bytes(ceremony.SHARE_BYTES), bytes(32), boxes)
+    yield b"\2" + ceremony.pack_offer(offer)
+    yield b"\0" + ceremony.pack_confirmation(MANIFEST, bytes(16), bytes(32))
+    yield b"\0" + ceremony.pack_complaint(ceremony.BOX, "bob")
+
+
+def kept(data: bytes) -> bool:
+    with refused(ValueError):
+        found = ceremony_kept.parse(data, MANIFEST, "ada")
+        if isinstance(found, ceremony_kept.Kept):
+            assert ceremony_kept.parse(ceremony_kept.pack(found), MANIFEST, "ada") == found
+        return True
+    return False
+
+
+def kept_states() -> Iterator[bytes]:
+    yield ceremony_kept.pack(ceremony_kept.begin_kept(MANIFEST, "ada"))
+
+
 def _seeds(*parts: ckks_key.PublicPart | ckks_key.SecretPart) -> Callable[[], list[bytes]]:
     return lambda: [part.pack() for part in parts]
 
@@ -225,4 +279,7 @@ TARGETS = (
     Target("secret-key", _part(ckks_key.SecretPart), _seeds(secret_of(PUBLIC)), BIG),
     Target("audit-line", audit, audit_lines, audit_line.LINE_BYTES_MAX + 64),
     Target("record", record, records, BIG),
+    Target("ceremony", a_ceremony, ceremonies, BIG),
+    Target("ceremony-step", said, steps_said, BIG),
+    Target("ceremony-state", kept, kept_states, BIG),
 )

@@ -15,7 +15,7 @@ __all__ = ["event_samples", "sample"]
 
 TEXTS = ("ada", "late", "r.1.train.ada", "ab" * 20)
 NUMBERS = (1, 2, 0)
-DIGESTS = (bytes(range(32)), bytes(16))
+DIGESTS = (bytes(range(32)), bytes(16), bytes(64))
 
 
 def event_samples() -> Iterator[Message]:

@@ -32,7 +32,8 @@ class Faults:
         self._scheduler, self._network, self._scenario = scheduler, network, scenario
         self._nodes = list(nodes)
         (self._broker,) = (node for node in nodes if isinstance(node, BrokerNode))
-        (self._controller,) = (node for node in nodes if isinstance(node, ControllerNode))
+        controllers = [node for node in nodes if isinstance(node, ControllerNode)]
+        self._controller = controllers[0] if controllers else None  # a ceremony has none
         self._random = scheduler.random
 
     def begin(self) -> None:
@@ -44,7 +45,8 @@ class Faults:
         for node in self._nodes:
             if isinstance(node, LearnerNode):
                 node.hang_chance = choose.choice((0.0, 0.05, 0.25))
-        self._controller.spoil_chance = choose.choice((0.0, 0.2))
+        if self._controller is not None:
+            self._controller.spoil_chance = choose.choice((0.0, 0.2))
         self._weather()
         self._next()
         self._scheduler.at(self._scenario.faults_until, None, self.end)
@@ -82,7 +84,8 @@ class Faults:
         scheduler.crash_chance = 0.0
         self._network.calm()
         self._broker.full_until = self._broker.slow_until = 0.0
-        self._controller.spool.full_until = 0.0
+        if self._controller is not None:
+            self._controller.spool.full_until = 0.0
         for node in self._nodes:
             if isinstance(node, LearnerNode):
                 node.hang_chance = 0.0
@@ -142,7 +145,7 @@ class Faults:
 
     def _full_disk(self) -> None:
         until = self._scheduler.now + self._random.uniform(0.1, 3.0)
-        if self._random.random() < 0.5:
+        if self._random.random() < 0.5 or self._controller is None:
             self._broker.say("has no room")
             self._broker.full_until = until
         else:
@@ -157,6 +160,9 @@ class Faults:
         node.wall_offset_ns += int(self._random.uniform(-3600, 3600) * 1e9)
 
     def _leave(self) -> None:
-        node = self._random.choice([n for n in self._nodes if isinstance(n, LearnerNode)])
+        learners = [n for n in self._nodes if isinstance(n, LearnerNode)]
+        if not learners:
+            return
+        node = self._random.choice(learners)
         node.leaves = True
         node.crash(down_s=self._random.uniform(0.1, 1.0))
