@@ -51,7 +51,7 @@ def make_share(*, sites: Sequence[str], coin: bytes) -> Share:
     try:
         context = _context(openfhe, len(sites))
         common = _common(context, coin)
-        base = _public_key(openfhe, context, np.zeros_like(common), common, _tag(coin))
+        base = _public_key(openfhe, context, np.zeros_like(common), common)
         pair = context.MultipartyKeyGen(base, False, True)
         share, again = _limbs(openfhe.Serialize(pair.publicKey, openfhe.BINARY))
         if not np.array_equal(again, common):
@@ -92,7 +92,7 @@ def joint_key(
         common, tag = _common(context, coin), _tag(coin)
         ring, modulus = len(common), context.GetModulusCKKS()
         limbs = [_checked(name, shares[name], ring, modulus) for name in sorted(sites)]
-        joint, *others = (_public_key(openfhe, context, one, common, tag) for one in limbs)
+        joint, *others = (_public_key(openfhe, context, one, common) for one in limbs)
         for other in others:
             joint = context.MultiAddPubKeys(joint, other, tag)
         data = openfhe.Serialize(joint, openfhe.BINARY)
@@ -141,15 +141,12 @@ def _tag(coin: bytes) -> str:
     return hashlib.sha256(b"metisfl key tag" + coin).hexdigest()[:TAG_CHARACTERS]
 
 
-def _public_key(openfhe: ModuleType, context: Any, share: Limbs, common: Limbs, tag: str) -> Any:
+def _public_key(openfhe: ModuleType, context: Any, share: Limbs, common: Limbs) -> Any:
     """An object of OpenFHE with these limbs, out of one that it has made."""
-    made = context.KeyGen().publicKey
-    data = bytearray(openfhe.Serialize(made, openfhe.BINARY))
+    data = bytearray(openfhe.Serialize(context.KeyGen().publicKey, openfhe.BINARY))
     layout = parse_public_key(bytes(data))
     for place, limbs in zip(layout.polynomials, (share, common), strict=True):
         data[place : place + limbs.nbytes] = limbs.astype("<u8").tobytes()
-    at = data.index(made.GetKeyTag().encode())
-    data[at : at + TAG_CHARACTERS] = tag.encode()
     return openfhe.DeserializePublicKeyString(bytes(data), openfhe.BINARY)
 
 

@@ -39,6 +39,12 @@ def check_policy(public: PublicPart, manifest: Manifest, *, initial: bool) -> No
             "key it has 2, and what opens it comes beside it"
         )
     shares = [(share.learner, share.weight) for share in form.shares]
+    if strangers := [name for name, _ in shares if public.is_joint and name not in public.sites]:
+        # Anybody can encrypt under a joint key: who is no site hides nobody's update.
+        raise PeerError(
+            f"the model names an update of {strangers[0]}, which is no site of the key; its sites "
+            f"are {', '.join(public.sites)}"
+        )
     total = math.fsum(weight for _, weight in shares)
     if len(shares) > public.max_learners or not ckks.weights_fit(total, public.max_learners):
         raise PeerError(

@@ -215,6 +215,14 @@ def test_a_federation_that_does_not_encrypt_needs_no_key(folder: Path, tmp_path:
     assert f'{path}: federation.privacy is "plain"' in refused(folder, "--federation", path)
 
 
+def test_a_joint_key_is_made_by_all_sites_together(folder: Path, tmp_path: Path) -> None:
+    path = federation(tmp_path, privacy="ckks-threshold")
+    said = refused(folder, "--federation", path)
+    assert 'is "ckks-threshold"' in said
+    assert "metisfl keys ceremony" in said
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("there", ["public.ckks", "secret.ckks"])
 def test_a_key_is_never_overwritten(folder: Path, there: str) -> None:
     folder.mkdir(parents=True)

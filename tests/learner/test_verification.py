@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 from example_key import public_part
 
-from metisfl.controller.encrypted_fold import EncryptedUpdate, fold_encrypted
+from metisfl.controller.encrypted_fold import EncryptedUpdate, context_of, fold_encrypted
 from metisfl.learner.transfer import DownloadRefused
 from metisfl.learner.verification import NotTheFold, verify
-from metisfl.native_c.ckks import Context, block_bytes, seal_block
+from metisfl.native_c.ckks import block_bytes, seal_block
 from metisfl.proto import ckks
 from metisfl.proto.chunk import exponents_of
+from metisfl.proto.ckks_key import PublicPart
 from metisfl.proto.model_file import ModelWriter, open_model, write_model
-from metisfl.proto.model_pb2 import Encryption, Manifest
+from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import (
     Tensor,
     encrypted_manifest,
@@ -28,7 +30,16 @@ from metisfl.proto.tensors import (
 )
 
 PUBLIC = public_part()
-CONTEXT = Context(PUBLIC.fingerprint, PUBLIC.limb_bits, PUBLIC.ring_dimension, PUBLIC.modulus)
+FOUND = ckks.parameters_for(52, 3, joint=True)
+JOINT = public_part(
+    profile="wide",
+    limb_bits=52,
+    modulus=(1 << 52) - 4095,
+    scaling_bits=FOUND.scaling_bits,
+    grid_bits=FOUND.grid_bits,
+    max_learners=3,
+    site_names="site00 site01 site02",
+)
 VALUES = 13 * 2048 + 5  # two blocks
 TENSORS = [
     Tensor("w", np.zeros(VALUES - 5, np.float32), True),
@@ -37,32 +48,31 @@ TENSORS = [
 ]
 
 
-def update(path: Path, seed: int, **form: Any) -> bytes:
+def update(
+    path: Path, seed: int, public: PublicPart = PUBLIC, exponents: Sequence[int] = (0, 3)
+) -> bytes:
     """An update of random limbs: nobody can tell it from an encryption. Returns its digest."""
     rng = np.random.default_rng(seed)
-    given: dict[str, Any] = {
-        "fingerprint": PUBLIC.fingerprint,
-        "limb_bits": PUBLIC.limb_bits,
-        "ring_dimension": PUBLIC.ring_dimension,
-        "polynomials": 1,
-        "seeds": 1,
-        "exponents": [0, 3],
-    }
-    manifest = encrypted_manifest(manifest_of(TENSORS), Encryption(**{**given, **form}))
-    ciphertexts = ckks.ciphertexts(encrypted_values(manifest), PUBLIC.ring_dimension)
-    full = CONTEXT.block_ciphertexts
+    form = public.update_form(exponents)
+    manifest = encrypted_manifest(manifest_of(TENSORS), form)
+    context = context_of(public)
+    ciphertexts = ckks.ciphertexts(encrypted_values(manifest), public.ring_dimension)
+    full = context.block_ciphertexts
     count = -(-ciphertexts // full)
     with ModelWriter(path, serialise_manifest(manifest)) as writer:
         for index in range(count):
             inside = min(full, ciphertexts - index * full)
-            block = bytearray(block_bytes(CONTEXT, inside, 1, 1))
+            shape = form.polynomials, inside, public.ring_dimension
+            halves = rng.integers(0, public.modulus, shape, np.uint64)
+            block = bytearray(block_bytes(context, inside, form.polynomials, form.seeds))
             seal_block(
-                CONTEXT,
+                context,
                 index=index,
                 count=count,
                 exponents_digest=exponents_of(manifest),
-                c0=rng.integers(0, PUBLIC.modulus, (inside, PUBLIC.ring_dimension), np.uint64),
-                seed=rng.bytes(16),
+                c0=halves[0],
+                c1=halves[1] if form.polynomials == 2 else None,
+                seed=rng.bytes(16) if form.seeds else None,
                 out=block,
             )
             writer.append(block)
@@ -72,19 +82,21 @@ def update(path: Path, seed: int, **form: Any) -> bytes:
 class Controller:
     """Offers updates by digest, as the bulk endpoint does; `offered` may be tampered with."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, count: int, public: PublicPart = PUBLIC) -> None:
+        self.folder, self.public = folder, public
         self.offered: dict[bytes, Path] = {}
         self.updates = []
         for number in range(count):
             path = folder / f"site{number:02}.update"
-            digest = update(path, number)
+            digest = update(path, number, public)
             self.offered[digest] = path
             self.updates.append(EncryptedUpdate(path, path.stem, 1.0, digest))
 
     def fold(self, updates: Sequence[EncryptedUpdate] | None = None) -> bytes:
         """Write the model; return its digest."""
-        return fold_encrypted(updates or self.updates, CONTEXT, self.folder / "the.model")
+        return fold_encrypted(
+            updates or self.updates, context_of(self.public), self.folder / "the.model"
+        )
 
     async def download(
         self, digest: bytes, path: Path, *, on_progress: Callable[[float], None]
@@ -111,7 +123,12 @@ class Controller:
         try:
             asyncio.run(
                 verify(
-                    self.folder / "the.model", digest, cast(Any, self), PUBLIC, scratch, told.append
+                    self.folder / "the.model",
+                    digest,
+                    cast(Any, self),
+                    self.public,
+                    scratch,
+                    told.append,
                 )
             )
         finally:
@@ -119,17 +136,23 @@ class Controller:
         return told
 
 
-@pytest.mark.parametrize("count", [1, 3, ckks.SEEDS_FORWARDED + 1])
-def test_an_honest_fold_is_believed(tmp_path: Path, count: int) -> None:
-    controller = Controller(tmp_path, count)
+@pytest.mark.parametrize(
+    ("public", "count"),
+    [(PUBLIC, 1), (PUBLIC, 3), (PUBLIC, ckks.SEEDS_FORWARDED + 1), (JOINT, 1), (JOINT, 3)],
+)
+def test_an_honest_fold_is_believed(tmp_path: Path, public: PublicPart, count: int) -> None:
+    controller = Controller(tmp_path, count, public)
     told = controller.verified(controller.fold())
     assert told == sorted(told)
     assert len(told) > count
     assert all(0 <= fraction < 1 for fraction in told)
 
 
-def test_a_fold_of_other_updates_than_it_names_is_found_out(tmp_path: Path) -> None:
-    controller = Controller(tmp_path, 4)
+@pytest.mark.parametrize("public", [PUBLIC, JOINT])
+def test_a_fold_of_other_updates_than_it_names_is_found_out(
+    tmp_path: Path, public: PublicPart
+) -> None:
+    controller = Controller(tmp_path, 4, public)
     ada, bob, cyd, dan = controller.updates
     named_bob = EncryptedUpdate(dan.path, bob.learner, 1.0, bob.digest)
     with pytest.raises(NotTheFold, match="something else than the 3 updates"):
@@ -137,9 +160,10 @@ def test_a_fold_of_other_updates_than_it_names_is_found_out(tmp_path: Path) -> N
     controller.verified(controller.fold([ada, bob, cyd]))
 
 
-def test_an_update_that_is_in_it_twice_is_found_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("public", [PUBLIC, JOINT])
+def test_an_update_that_is_in_it_twice_is_found_out(tmp_path: Path, public: PublicPart) -> None:
     """Else a controller could bring out one site's update by adding it again and again."""
-    controller = Controller(tmp_path, 2)
+    controller = Controller(tmp_path, 2, public)
     controller.fold()
 
     def repeat(manifest: Manifest, payload: bytearray) -> None:
@@ -150,8 +174,12 @@ def test_an_update_that_is_in_it_twice_is_found_out(tmp_path: Path) -> None:
         controller.verified(controller.rewrite(repeat))
 
 
-def test_a_model_that_was_changed_after_the_fold_is_found_out(tmp_path: Path) -> None:
-    controller = Controller(tmp_path, 2)
+@pytest.mark.parametrize("public", [PUBLIC, JOINT])
+def test_a_model_that_was_changed_after_the_fold_is_found_out(
+    tmp_path: Path, public: PublicPart
+) -> None:
+    """As one would be that was made to read shares of the key off."""
+    controller = Controller(tmp_path, 2, public)
     controller.fold()
 
     def flip(manifest: Manifest, payload: bytearray) -> None:
@@ -180,11 +208,22 @@ def test_an_update_that_is_not_offered_cannot_be_verified(tmp_path: Path) -> Non
         controller.verified(digest)
 
 
-@pytest.mark.parametrize("form", [{"exponents": [0, 4]}, {"fingerprint": b"g" * 16}])
-def test_an_update_of_another_form_is_named(tmp_path: Path, form: dict[str, Any]) -> None:
-    controller = Controller(tmp_path, 2)
+@pytest.mark.parametrize(
+    ("public", "other", "exponents"),
+    [
+        (PUBLIC, PUBLIC, [0, 4]),
+        (PUBLIC, public_part(min_contributors=1), [0, 3]),
+        (JOINT, JOINT, [0, 4]),
+        (JOINT, replace(JOINT, min_contributors=1), [0, 3]),
+        (JOINT, replace(JOINT, site_names=""), [0, 3]),
+    ],
+)
+def test_an_update_of_another_form_is_named(
+    tmp_path: Path, public: PublicPart, other: PublicPart, exponents: list[int]
+) -> None:
+    controller = Controller(tmp_path, 2, public)
     digest = controller.fold()
-    update(tmp_path / "other", 9, **form)
+    update(tmp_path / "other", 9, other, exponents)
     controller.offered[controller.updates[1].digest] = tmp_path / "other"
     with pytest.raises(NotTheFold, match="update of site01 has other tensors"):
         controller.verified(digest)

@@ -154,6 +154,50 @@ def test_a_modulus_too_small_for_the_learners_has_no_grid() -> None:
     assert ckks.parameters_for(32, 1000, modulus=4097).grid_bits < 1
 
 
+# ---- Joint keys ----------------------------------------------------------------
+
+SITES = range(2, 201)
+
+
+def test_sums_under_a_joint_key_do_not_wrap_and_its_noise_never_crosses_the_grid() -> None:
+    bits = ckks.PROFILES[ckks.JOINT_PROFILE]
+    half = ((1 << bits) - ckks.MODULUS_GAP - 1) // 2
+    for number in SITES:
+        found = ckks.parameters_for(bits, number, joint=True)
+        step = 1 << (found.scaling_bits - found.grid_bits)
+        noise = math.ceil(ckks.noise_bound(number, joint=True))
+        largest = number * ((1 << found.scaling_bits) + step // 2) + noise
+        assert largest <= half < largest + (number << found.scaling_bits)
+        assert 2 * noise < step <= 4 * noise, "a finer grid would do"
+
+
+def test_the_noise_of_a_joint_key_is_that_of_all_its_public_keys_and_the_flooding_of_all() -> None:
+    for number in SITES:
+        each = 8 * math.hypot(ckks.SIGMA_PUBLIC * number**0.5, ckks.SIGMA_FLOODING)
+        assert ckks.noise_bound(number, joint=True) == pytest.approx(each * number**0.5 + number)
+
+
+@given(st.floats(1e-9, 1e-3))
+def test_a_joint_key_has_as_many_sites_as_keep_the_error(error: float) -> None:
+    most = ckks.joint_sites_max(error)
+    errors = [
+        ckks.parameters_for(ckks.PROFILES[ckks.JOINT_PROFILE], number, joint=True).error
+        for number in (most, most + 1)
+    ]
+    assert most in (1, ckks.LEARNERS_MAX) or errors[0] <= error
+    assert most == ckks.LEARNERS_MAX or errors[1] > error
+
+
+def test_the_usual_error_is_kept_by_more_sites_than_most_federations_have() -> None:
+    assert ckks.joint_sites_max() >= 20
+
+
+def test_partials_of_two_models_have_two_digests_and_updates_the_old_one() -> None:
+    digests = {ckks.exponents_digest([0, 3], opens) for opens in (b"", b"a" * 32, b"b" * 32)}
+    assert len(digests) == 3
+    assert ckks.exponents_digest([0, 3]) in digests
+
+
 # ---- Exponents ---------------------------------------------------------------
 
 

@@ -62,6 +62,23 @@ WRONG: list[tuple[str, Any, str]] = [
     ("max_share", 1.5, "max_share is 1.5; allowed is above 0 up to 1"),
     ("verify", "some", "verify is 'some'; allowed is none or full"),
     ("verify", None, "verify is None"),
+    ("site_names", None, "site_names is None; allowed is up to 64000 characters"),
+    ("site_names", "a" * 64_001, "allowed is up to 64000 characters"),
+    ("site_names", "ada", "1 sites of a joint key for 10 learners; it has 2 or more"),
+    ("site_names", "ada bob", "2 sites of a joint key for 10 learners"),
+    *(
+        ("site_names", wrong, "site names; each is there once, in order, with a space between")
+        for wrong in (
+            "bob ada",
+            "ada ada",
+            "ada  bob",
+            " ada bob",
+            "ada bob ",
+            "ada\tbob",
+            "../x y",
+        )
+    ),
+    ("site_names", " ".join("abcdefghij"), "profile standard of a joint key; it is wide"),
     ("context", b"", "context is 0 bytes; allowed is 1 to 1048576 bytes"),
     ("context", "text", "context is 'text'"),
     ("public_key", b"", "public_key is 0 bytes"),
@@ -121,6 +138,68 @@ def test_a_key_is_read_exactly_when_sums_do_not_wrap_and_noise_does_not_show(
         assert PublicPart.parse(part.pack()) == part
 
 
+def joint_part(sites: int, **changes: Any) -> PublicPart:
+    """The public part of a joint key, with the finest grid that its noise leaves."""
+    found = ckks.parameters_for(52, sites, joint=True)
+    names = [f"s{number:03}" for number in range(sites)]
+    part = public_part(
+        profile="wide",
+        limb_bits=52,
+        modulus=(1 << 52) - 4095,
+        scaling_bits=found.scaling_bits,
+        grid_bits=found.grid_bits,
+        max_learners=sites,
+        error=found.error,
+        site_names=" ".join(names),
+    )
+    return replace(part, **changes)
+
+
+@pytest.mark.parametrize("sites", [2, 3, ckks.joint_sites_max()])
+def test_the_public_part_of_a_joint_key_comes_back(sites: int) -> None:
+    part = joint_part(sites)
+    assert PublicPart.parse(part.pack()) == part
+    assert (part.is_joint, part.privacy, len(part.sites)) == (True, "ckks-threshold", sites)
+    assert (PUBLIC.is_joint, PUBLIC.privacy, PUBLIC.sites) == (False, "ckks", ())
+
+
+@pytest.mark.parametrize(
+    "change", [{"scaling_bits": 1}, {"grid_bits": 1}, {"max_learners": 1}, {"max_learners": -1}]
+)
+def test_a_joint_key_whose_noise_would_show_or_that_is_for_others_too_is_refused(
+    change: dict[str, int],
+) -> None:
+    part = joint_part(3)
+    wrong = {name: getattr(part, name) + by for name, by in change.items()}
+    with pytest.raises(PeerError, match=r"bits .* with 3 learners|3 sites of a joint key for"):
+        PublicPart.parse(replace(part, **wrong).pack())  # type: ignore[arg-type]
+
+
+def test_a_grid_that_flooding_would_cross_is_fine_enough_for_a_shared_key() -> None:
+    part = joint_part(3)
+    finer = replace(part, grid_bits=part.grid_bits + 1)
+    with pytest.raises(PeerError, match="the noise crosses a grid finer than"):
+        PublicPart.parse(finer.pack())
+    shared = replace(finer, site_names="")
+    assert PublicPart.parse(shared.pack()) == shared
+
+
+def test_updates_and_partials_of_a_joint_key_are_never_taken_for_one_another() -> None:
+    part, opens = joint_part(3), b"m" * 32
+    update, partial = part.update_form([0, 3]), part.partial_form([0, 3], opens)
+    assert (update.polynomials, update.seeds, update.opens) == (2, 0, b"")
+    assert (partial.polynomials, partial.seeds, partial.opens) == (1, 1, opens)
+    assert update.fingerprint == part.fingerprint != partial.fingerprint
+    assert len(partial.fingerprint) == 16
+    assert (PUBLIC.update_form([]).polynomials, PUBLIC.update_form([]).seeds) == (1, 1)
+
+
+def test_the_secret_part_of_a_joint_key_comes_back_and_is_shown_nowhere() -> None:
+    secret = SecretPart(joint_part(2).fingerprint, b"share", b"k" * ckks_key.MASK_KEY_BYTES)
+    assert SecretPart.parse(secret.pack()) == secret
+    assert "k" * 32 not in repr(secret)
+
+
 def test_a_secret_part_comes_back() -> None:
     assert SecretPart.parse(SECRET.pack()) == SECRET
 
@@ -152,6 +231,8 @@ def test_no_field_goes_unchecked() -> None:
         ({"fingerprint": "0" * 16}, "secret part: fingerprint is '0000"),
         ({"secret_key": b""}, "secret part: secret_key is 0 bytes"),
         ({"secret_key": None}, "secret part: secret_key is None"),
+        ({"mask_key": b"k" * 31}, "secret part: mask_key is 31 bytes; allowed is 0 or 32 bytes"),
+        ({"mask_key": None}, "secret part: mask_key is None"),
         ({"more": 1}, "it must hold fingerprint, secret_key"),
     ],
 )
@@ -219,6 +300,7 @@ def test_garbage_is_the_peers_error_and_nothing_else(data: bytes, magic: bytes) 
         *({"max_learners": 9}, {"error": 1e-5}, {"min_contributors": 3}, {"max_share": 0.5}),
         *({"verify": "full"}, {"context": b"another"}, {"public_key": b"another"}),
         *({"grid_bits": 1}, {"scaling_bits": FOUND.scaling_bits - 1}),
+        {"site_names": "ada bob"},
     ],
 )
 def test_the_fingerprint_covers_every_field(change: dict[str, Any]) -> None:

@@ -123,6 +123,20 @@ def test_a_model_without_float_tensors_has_an_empty_payload() -> None:
     assert c.chunk_count(ours) == 0
 
 
+def partials(opens: bytes = b"m" * 32) -> Manifest:
+    form = encryption(52, seeds=3)
+    form.opens = opens
+    return encrypted_manifest(MODEL, form)
+
+
+def test_the_manifest_of_partials_survives_the_wire_and_its_chunks_name_the_model() -> None:
+    ours, others = partials(), partials(b"n" * 32)
+    assert parse_manifest(serialise_manifest(ours)) == ours
+    plain = encrypted_manifest(MODEL, encryption(52, seeds=3))
+    assert len({c.exponents_of(one) for one in (ours, others, plain)}) == 3
+    assert c.exponents_of(ours) == ckks.exponents_digest([0, 3], b"m" * 32)
+
+
 def change(**values: object) -> Callable[[Manifest], None]:
     def apply(manifest: Manifest) -> None:
         for name, value in values.items():
@@ -162,6 +176,12 @@ def more_bytes(manifest: Manifest) -> None:
         (change(seeds=2**32 - 1), "1 polynomials and 4294967295 seeds"),
         (change(seeds=3), "payload of 11368 bytes; its encrypted form asks for 11388"),
         (change(limb_bits=48), "payload of 11368 bytes; its encrypted form asks for"),
+        (change(opens=b"m"), "a model with a digest of 1 bytes, in 1 polynomials; it has 32"),
+        (change(opens=b"m" * 33), "a model with a digest of 33 bytes"),
+        (
+            change(opens=b"m" * 32, polynomials=2, seeds=0),
+            "a digest of 32 bytes, in 2 polynomials; it has 32, and they have 1",
+        ),
         (exponents(0), "1 exponents for 2 float tensors; one for each"),
         (exponents(0, 1, 2), "3 exponents for 2 float tensors"),
         (exponents(-1, 0), "exponents from -1 to 0; allowed are 0 to 1100"),
