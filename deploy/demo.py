@@ -44,8 +44,9 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, metavar="N", help="another run of the same federation")
     parser.add_argument(
         "--privacy",
-        choices=("ckks", "plain"),
-        help="whether updates leave a hospital encrypted (ckks, the default) or not (plain)",
+        choices=("ckks", "ckks-threshold", "plain"),
+        help="whether updates leave a hospital encrypted under a key that all have (ckks, "
+        "the default), under one of which each has a share (ckks-threshold), or not (plain)",
     )
     parser.add_argument(
         "--chaos",

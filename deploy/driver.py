@@ -23,7 +23,9 @@ from metisfl.deploy import logs, processes
 from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.encryption import give_key
+from metisfl.deploy.encryption_settings import JOINT
 from metisfl.deploy.insecure import INSECURE, add_insecure
+from metisfl.deploy.joint_encryption import make_joint_key
 from metisfl.deploy.run import Interrupted, StopSignal, run
 from metisfl.deploy.run_folder import DRIVER, RunFolder, create_run_folder
 from metisfl.deploy.screen import Screen, screen_for
@@ -32,6 +34,7 @@ from metisfl.deploy.supervisor import Supervisor
 from metisfl.deploy.view import View, readable_bytes, shown_metric, shown_missing
 from metisfl.deploy.watch import RunFailed, new_view, watch
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.errors import UserError
 from metisfl.proto.model_file import header_of, open_model
 from metisfl.proto.model_pb2 import Manifest
 from metisfl.proto.tensors import plain_payload_bytes, serialise_manifest
@@ -75,6 +78,11 @@ async def drive(
     mapping stays true when one of them is started again.
     Cancel it to end the run: all processes are stopped before the cancellation goes on.
     """
+    if insecure and federation.privacy == JOINT:
+        raise UserError(
+            "a joint key is made by sites that know each other by their keys: leave --insecure "
+            "out, or take another privacy mode"
+        )
     started = time.monotonic()
     view = new_view(federation)
     run_folder = create_run_folder(folder, list(view.learners), insecure=insecure)
@@ -88,7 +96,7 @@ async def drive(
             endpoints = processes.free_endpoints(
                 [federation.ingress, federation.live, federation.bulk]
             )
-            await _start_daemons(federation, run_folder, endpoints, supervisor, insecure)
+            await _start_daemons(federation, run_folder, endpoints, supervisor, insecure, shown.say)
             if on_started is not None:
                 on_started(supervisor.pids)
             shown.say(
@@ -129,6 +137,7 @@ async def _start_daemons(
     endpoints: list[str],
     supervisor: Supervisor,
     insecure: bool,
+    say: Callable[[str], None],
 ) -> None:
     flags: dict[str, None] = {"insecure": None} if insecure else {}
 
@@ -139,6 +148,9 @@ async def _start_daemons(
     ingress, live, bulk = endpoints
     wires = {"ingress": ingress, "live": live}
     await start("broker", "broker", run_folder.broker, wires)
+    if federation.privacy == JOINT:
+        say("the sites make a joint key; nobody will hold it alone")
+        say(await make_joint_key(federation, run_folder, wires))
     wires |= {"federation": federation.name, "bulk": bulk}
     await start("controller", "controller", run_folder.controller, wires)
     for learner in federation.learners:

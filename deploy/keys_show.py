@@ -51,24 +51,34 @@ def command(argv: list[str]) -> int:
 
 def _facts(public: PublicPart, secret_here: bool) -> dict[str, object]:
     learners = public.max_learners
-    form = (1, learners) if learners <= ckks.SEEDS_FORWARDED else (2, 0)
+    update = public.update_form(())
+    up = (update.polynomials, update.seeds)
+    few = learners <= ckks.SEEDS_FORWARDED and not public.is_joint
+    down = (1, learners) if few else (2, 0)
     step = 2.0 ** (public.scaling_bits - public.grid_bits)
-    noise = ckks.noise_bound(learners, ring=public.ring_dimension)
-    return {
+    noise = ckks.noise_bound(learners, joint=public.is_joint, ring=public.ring_dimension)
+    facts = {
         "profile": public.profile,
         "limb_bits": public.limb_bits,
         "fingerprint": public.fingerprint.hex(),
         "largest_sum_of_weights": learners,
         "expected_error": 2.0 ** -(public.grid_bits + 1),
         "promised_error": public.error,
-        "up_bytes_per_param": round(ckks.bytes_per_parameter(public.limb_bits, 1, 1), 3),
-        "down_bytes_per_param": round(ckks.bytes_per_parameter(public.limb_bits, *form), 3),
+        "up_bytes_per_param": _bytes(public, *up),
+        "down_bytes_per_param": _bytes(public, *down),
         "repeatable": step > 2 * noise,
         "min_contributors": public.min_contributors,
         "max_share": public.max_share,
         "verify": public.verify,
         "secret_part_here": secret_here,
     }
+    if public.is_joint:
+        facts |= {"sites": list(public.sites), "partial_bytes_per_param": _bytes(public, 1, 1)}
+    return facts
+
+
+def _bytes(public: PublicPart, polynomials: int, seeds: int) -> float:
+    return round(ckks.bytes_per_parameter(public.limb_bits, polynomials, seeds), 3)
 
 
 def _lines(path: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -92,4 +102,27 @@ def _lines(path: Path, facts: Mapping[str, Any]) -> list[str]:
         "verify": facts["verify"],
         "secret part": "is in this folder" if facts["secret_part_here"] else "is not here",
     }
+    if "sites" in facts:
+        rows = _joint_rows(facts) | rows | _joint_costs(facts)
     return [f"# {path}:"] + [f"#   {name:<14} {text}" for name, text in rows.items()]
+
+
+def _joint_rows(facts: Mapping[str, Any]) -> dict[str, str]:
+    sites = facts["sites"]
+    return {
+        "joint key": f"of {', '.join(sites)}; a round is opened by all of them together "
+        f"({len(sites)} of {len(sites)}), and by no fewer",
+        "limits": "sites are taken to follow the protocol. What hides a share in its partials is "
+        "OpenFHE's flooding, of a fixed width (2^20 a site): a rule of thumb, and no proof",
+    }
+
+
+def _joint_costs(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "profile": f"{facts['profile']}, {facts['limb_bits']} bits for each parameter and "
+        "polynomial",
+        "bytes": f"{facts['up_bytes_per_param']} a parameter up and as many down (two "
+        f"polynomials); to open a round {facts['partial_bytes_per_param']} more up, and down (one)",
+        "secret part": f"{'is' if facts['secret_part_here'] else 'is not'} in this folder: this "
+        "site's share of the key, which never leaves it",
+    }

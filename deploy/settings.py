@@ -7,15 +7,20 @@ any process starts. No key is ignored: a misspelt one would be a setting that si
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from metisfl.deploy.encryption_settings import (
+    ENCRYPTED,
+    JOINT,
+    Encryption,
+    check_encryption,
+)
 from metisfl.proto import ckks
 from metisfl.proto.errors import UserError
 from metisfl.proto.topics import check_name
@@ -63,21 +68,6 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True)
-class Encryption:
-    """What a new key is made for, and what the sites ask of a sum before they decrypt it.
-
-    `error` is the largest error of a mean, relative to its tensor's scale. `profile` None: the
-    smallest that keeps it. `max_share` is the largest part of the weights that one site may have.
-    """
-
-    profile: str | None
-    error: float
-    min_contributors: int
-    max_share: float
-    verify: str
-
-
-@dataclass(frozen=True, slots=True)
 class Federation:
     """A whole federation file. Endpoints are those to bind; port 0 leaves the choice of port.
 
@@ -100,9 +90,6 @@ class Federation:
     bulk: str
     max_examples: int = 0
 
-
-JOINT: Final = "ckks-threshold"
-ENCRYPTED: Final = ("ckks", JOINT)
 
 Check = Callable[[str, object], Any]  # (path of the key, value) -> value to use; or UserError
 REQUIRED = object()
@@ -167,11 +154,12 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
             f"federation.quorum: {quorum} is more than the {len(learners)} learners listed; "
             f"allowed is 1 to {len(learners)}"
         )
-    encryption = Encryption(**found["encryption"])
-    if run["privacy"] == JOINT:
-        _check_joint(encryption, len(learners))
+    # Under a joint key whoever is not believed must be checked: a lie in the fold would show keys.
+    checked = "full" if run["privacy"] == JOINT else "none"
+    asked = found["encryption"]
+    encryption = Encryption(**{**asked, "verify": asked["verify"] or checked})
     if run["privacy"] in ENCRYPTED:
-        _check_sums(encryption, quorum, len(learners))
+        check_encryption(run["privacy"], encryption, quorum, len(learners))
     elif "encryption" in document:
         raise UserError(
             'encryption: not used where federation.privacy is "plain"; remove the table or set '
@@ -203,47 +191,6 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
         live=endpoints["broker.live"],
         bulk=endpoints["controller.bulk"],
     )
-
-
-def _check_joint(encryption: Encryption, learners: int) -> None:
-    """Refuse what no joint key can be made for."""
-    if encryption.profile not in (None, ckks.JOINT_PROFILE):
-        raise UserError(
-            f'encryption.profile: a joint key has the profile "{ckks.JOINT_PROFILE}"; remove the '
-            "line, or take another privacy mode"
-        )
-    most = ckks.joint_sites_max(encryption.error)
-    if not 2 <= learners <= most:
-        raise UserError(
-            f"federation.privacy: a joint key of {learners} sites; with an error of "
-            f"{encryption.error:g} allowed are 2 to {most}"
-        )
-
-
-def _check_sums(encryption: Encryption, quorum: int, learners: int) -> None:
-    """Refuse what would let a round close whose sum the sites then refuse to decrypt."""
-    least, share = encryption.min_contributors, encryption.max_share
-    if learners == 1 and (least > 1 or share < 1):
-        raise UserError(
-            "federation.privacy: a sum over one learner hides nothing of what it sends; allowed is "
-            '"plain", or "ckks" with encryption.min_contributors = 1 and encryption.max_share = 1'
-        )
-    if least > learners:
-        raise UserError(
-            f"encryption.min_contributors: {least} is more than the {learners} learners listed; "
-            f"allowed is 1 to {learners}"
-        )
-    if quorum < least:
-        raise UserError(
-            f"federation.quorum: {quorum} is less than encryption.min_contributors, {least}: the "
-            f"sites would not decrypt what such a round gives; allowed is {least} to {learners}"
-        )
-    if share * quorum < 1:
-        raise UserError(
-            f"encryption.max_share: {share:g} cannot be kept by the {quorum} learners of a quorum: "
-            f"one of them has at least 1/{quorum}; allowed is "
-            f"{math.ceil(1e4 / quorum) / 1e4:g} to 1"
-        )
 
 
 def _integer(least: int, most: int) -> Check:
@@ -376,7 +323,7 @@ DOCUMENT = {
             "error": Key(_number(1e-12, 0.1), ckks.ERROR),
             "min_contributors": Key(_integer(1, 1000), 2),
             "max_share": Key(_number(0, 1), 0.95),
-            "verify": Key(_choice("none", "full"), "none"),
+            "verify": Key(_choice("none", "full"), None),
         }
     ),
     "training": _section(

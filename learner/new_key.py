@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from metisfl.deploy.ckks_keys import PUBLIC_FILE, SECRET_FILE, write_new_key
-from metisfl.deploy.options import whole_number
+from metisfl.deploy.encryption_settings import JOINT
+from metisfl.deploy.options import number, whole_number
 from metisfl.deploy.settings import Encryption, load_federation
 from metisfl.learner.crypto import Crypto, generate
 from metisfl.proto import ckks
@@ -32,6 +32,11 @@ def command(argv: list[str]) -> int:
     asked, learners = DEFAULTS, options.max_learners
     if options.federation is not None:
         federation = load_federation(options.federation)
+        if federation.privacy == JOINT:
+            raise UserError(
+                f'{options.federation}: federation.privacy is "{JOINT}": its key is made by all '
+                "sites together, each at its own: metisfl keys ceremony"
+            )
         if federation.privacy != "ckks":
             raise UserError(
                 f'{options.federation}: federation.privacy is "{federation.privacy}"; a key is '
@@ -114,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--error",
-        type=_number(1e-12, 0.1),
+        type=number(1e-12, 0.1),
         metavar="E",
         help=f"promised error of a mean, relative to a tensor's scale (default: {ckks.ERROR:g})",
     )
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-share",
-        type=_number(1e-3, 1.0),
+        type=number(1e-3, 1.0),
         metavar="S",
         help="sites open no model of which one site is more than this part, 0 to 1 (default: "
         f"{DEFAULTS.max_share})",
@@ -138,21 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
-
-
-def _number(least: float, most: float) -> Callable[[str], float]:
-    def check(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} cannot be; allowed is a number from {least:g} to {most:g}"
-            )
-        return value
-
-    return check
 
 
 def _as_json(public: PublicPart, why: str) -> dict[str, object]:

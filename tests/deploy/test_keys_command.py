@@ -18,7 +18,14 @@ from metisfl.deploy.ckks_keys import load_secret, write_new_key
 from metisfl.deploy.keys import create_identity
 from metisfl.deploy.keys_command import KEYS_GROUP, command
 from metisfl.deploy.registry import load_registry
-from metisfl.proto.ckks_key import FILE_BYTES_MAX, SEALED_MAGIC, is_secret
+from metisfl.proto import ckks
+from metisfl.proto.ckks_key import (
+    FILE_BYTES_MAX,
+    SEALED_MAGIC,
+    PublicPart,
+    SecretPart,
+    is_secret,
+)
 from metisfl.proto.errors import MachineError, UserError
 
 SECRET = secret_of(PUBLIC, b"top secret")
@@ -65,7 +72,7 @@ def test_every_command_is_listed_with_what_it_does(capsys: pytest.CaptureFixture
     assert command(["--help"]) == 0
     said = capsys.readouterr().out
     names = {entry.name for entry in entry_points(group=KEYS_GROUP)}
-    assert names == {"identity", "new", "open", "seal", "show"}
+    assert names == {"ceremony", "identity", "new", "open", "seal", "show"}
     for name in names:
         (line,) = [line for line in said.splitlines() if line.startswith(f"  {name} ")]
         assert len(line.split()) > 4
@@ -307,6 +314,58 @@ def test_with_many_learners_both_halves_travel_down(
     write_new_key(tmp_path, part, secret_of(part))
     found = json.loads(shown(capsys, str(tmp_path), "--json"))
     assert found["down_bytes_per_param"] == pytest.approx(11.0, abs=0.01)
+
+
+def joint_key_in(folder: Path) -> PublicPart:
+    """A joint key of three sites, with this site's share, which needs none of its cryptography."""
+    found = ckks.parameters_for(52, 3, joint=True)
+    part = public_part(
+        profile="wide",
+        limb_bits=52,
+        modulus=(1 << 52) - 4095,
+        scaling_bits=found.scaling_bits,
+        grid_bits=found.grid_bits,
+        max_learners=3,
+        error=1e-6,
+        site_names="ada bob cyd",
+    )
+    write_new_key(folder, part, SecretPart(part.fingerprint, b"top secret", b"k" * 32))
+    return part
+
+
+def test_of_a_joint_key_its_sites_its_cost_and_its_limits_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = joint_key_in(tmp_path)
+    said = shown(capsys, str(tmp_path))
+    for words in (
+        "joint key      of ada, bob, cyd; a round is opened by all of them together (3 of 3)",
+        "and by no fewer",
+        "sites are taken to follow the protocol",
+        "OpenFHE's flooding, of a fixed width (2^20 a site): a rule of thumb, and no proof",
+        "13.003 a parameter up and as many down (two polynomials); to open a round 6.505 more",
+        "wide, 52 bits for each parameter and polynomial",
+        f"at most {part.parameters.error:.1e} of a tensor's scale",
+        "repeatable     yes",
+        "secret part    is in this folder: this site's share of the key, which never leaves it",
+    ):
+        assert words in said, said
+    assert "kkkk" not in said
+    found = json.loads(shown(capsys, str(tmp_path), "--json"))
+    assert found["sites"] == ["ada", "bob", "cyd"]
+    assert found["expected_error"] == part.parameters.error <= 1e-6
+    assert found["up_bytes_per_param"] == found["down_bytes_per_param"]
+    assert found["partial_bytes_per_param"] < 6.6
+    assert found["repeatable"] is True
+    (tmp_path / "secret.ckks").unlink()
+    assert "secret part    is not in this folder" in shown(capsys, str(tmp_path))
+
+
+def test_a_share_of_a_joint_key_is_sealed_to_nobody(sites: Sites, tmp_path: Path) -> None:
+    joint_key_in(tmp_path / "joint")
+    with pytest.raises(UserError, match=r"share of a joint key.*metisfl keys ceremony"):
+        command(["seal", str(tmp_path / "joint"), "--to", public_line(sites.north)])
+    assert {path.name for path in (tmp_path / "joint").iterdir()} == {"public.ckks", "secret.ckks"}
 
 
 def test_a_folder_without_keys_and_none_at_all_are_the_users_errors(

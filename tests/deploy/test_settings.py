@@ -226,6 +226,28 @@ def test_a_federation_of_one_is_encrypted_only_if_it_says_that_this_hides_nothin
     load(folder, f"{alone}[encryption]\nmin_contributors = 1\nmax_share = 1")
 
 
+@pytest.mark.parametrize(
+    ("learners", "encryption", "complaint"),
+    [
+        (1, "", "a joint key of 1 sites; with an error of 1e-06 allowed are 2 to 31"),
+        (32, "", "a joint key of 32 sites; with an error of 1e-06 allowed are 2 to 31"),
+        (3, '[encryption]\nprofile = "compact"', 'a joint key has the profile "wide"'),
+        (3, "[encryption]\nmin_contributors = 4", "is more than the 3 learners listed"),
+    ],
+)
+def test_a_joint_key_is_one_that_can_be_made(
+    folder: Path, learners: int, encryption: str, complaint: str
+) -> None:
+    names = ", ".join(f'{{ name = "l{number}" }}' for number in range(learners))
+    head = SHORT[: SHORT.index("learners")].replace(
+        "rounds = 1", 'rounds = 1, privacy = "ckks-threshold"'
+    )
+    with pytest.raises(UserError, match=complaint):
+        load(folder, f"{head}learners = [{names}]\n{encryption}")
+    two = 'learners = [{ name = "a" }, { name = "b" }]'
+    assert load(folder, f"{head}{two}").privacy == "ckks-threshold"
+
+
 @pytest.mark.parametrize("missing", ["federation", "app", "learners"])
 def test_a_required_table_is_missed_by_name(folder: Path, missing: str) -> None:
     kept = [line for line in SHORT.splitlines() if not line.startswith(missing)]

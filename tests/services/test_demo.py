@@ -54,6 +54,17 @@ def test_four_hospitals_reach_more_together_than_alone(encrypted: Any, folder: P
     assert len(records) == encrypted["rounds"] + 1
 
 
+def test_no_hospital_holds_the_key_of_the_joint_mode(tmp_path: Path) -> None:
+    told = demo(tmp_path / "joint", "--privacy", "ckks-threshold", "--rounds", "3")
+    assert told["privacy"] == "ckks-threshold"
+    assert told["accuracy"] >= 0.7
+    assert told["update_bytes"] <= 3.4 * told["plain_bytes"]
+    keys = [*(tmp_path / "joint").rglob("secret.ckks")]
+    assert {path.parent.parent.name for path in keys} == HOSPITALS
+    assert len({path.read_bytes() for path in keys}) == len(HOSPITALS), "one share each"
+    assert not [*(tmp_path / "joint").rglob("ceremony.state")], "a secret is left"
+
+
 def test_nobody_but_the_hospitals_could_read_an_update(encrypted: Any, folder: Path) -> None:
     assert encrypted["privacy"] == "ckks", "without being asked"
     secret = {path.parent.parent for path in folder.rglob("secret.ckks")}

@@ -212,6 +212,20 @@ def test_a_federation_of_separate_daemons_is_set_up_as_the_readme_says(
     assert expelled.count("learner:torgersen is expelled") == 2
 
 
+def test_its_sites_make_a_joint_key_as_the_readme_says(shell: Shell, tmp_path: Path) -> None:
+    write_federation(shell, tmp_path, "ckks-threshold")
+    after = begin(shell)
+    shown = [shell.run(command) for command in commands("No one holds the key")]
+    fingerprints = re.findall(r"fingerprint[a-z ]*: ((?:[A-Z2-7]{4}-){7}[A-Z2-7]{4})", shown[1])
+    assert len(fingerprints) == 3
+    assert set(fingerprints) < {*shown[0].split()}, "all have the operator's file"
+    parts = [(tmp_path / site / "keys" / "secret.ckks").read_bytes() for site in SITES]
+    assert len({*parts}) == 3, "each has a share of its own"
+    for command in after:
+        output = shell.run(command)
+    assert re.search(SCORED, output)
+
+
 def test_the_same_federation_is_encrypted_as_the_readme_says(shell: Shell, tmp_path: Path) -> None:
     write_federation(shell, tmp_path, "ckks")
     after, shown = begin(shell), ""

@@ -14,7 +14,7 @@ __all__ = ["joint_keys"]
 
 def joint_keys(sites: Sequence[str], **policy: Any) -> dict[str, tuple[PublicPart, SecretPart]]:
     """The parts of each site, by name. `policy` is what `joint_key` takes."""
-    terms = {"error": 1e-6, "min_contributors": 2, "max_share": 0.95, "verify": "none", **policy}
+    terms = {"error": 1e-6, "min_contributors": 2, "max_share": 0.95, "verify": "full", **policy}
     coin, mask_key = os.urandom(32), os.urandom(MASK_KEY_BYTES)
     made = {name: make_share(sites=sites, coin=coin) for name in sites}
     shares = {name: share.public for name, share in made.items()}
