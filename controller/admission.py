@@ -159,7 +159,7 @@ def _other_form(manifest: Manifest, wanted: Encryption | None) -> str:
         have, want = words[is_encrypted(manifest)], words[wanted is not None]
         return "" if have == want else f"the update is {have} and this federation's are {want}"
     found = manifest.encryption
-    for field in ("fingerprint", "limb_bits", "ring_dimension", "polynomials", "seeds"):
+    for field in ("fingerprint", "limb_bits", "ring_dimension", "polynomials", "seeds", "opens"):
         here, there = getattr(found, field), getattr(wanted, field)
         if here != there:
             shown = [v.hex() if isinstance(v, bytes) else v for v in (here, there)]

@@ -108,6 +108,24 @@ def test_an_update_in_another_form_is_refused_with_what_differs(
         admission.manifest(an_open(in_form(**fields)))
 
 
+def test_a_partial_is_one_of_the_closed_model_and_of_no_other(
+    admission: Admission, expected: Expected
+) -> None:
+    """What a site gave in an earlier round opens nothing in this one."""
+    model = expected.model_digest
+    assert model is not None
+    asked = PUBLIC.partial_form(EXPONENTS, model)
+    admission.expect({"t": replace(expected, encryption=asked)})
+    partial = encrypted_manifest(manifest_of(TENSORS), asked)
+    assert admission.manifest(an_open(partial)) == partial
+    for form, words in (
+        (PUBLIC.partial_form(EXPONENTS, bytes(32)), f"its opens is {'00' * 32}"),
+        (FORM, "its fingerprint is"),
+    ):
+        with pytest.raises(PeerError, match=words):
+            admission.manifest(an_open(encrypted_manifest(manifest_of(TENSORS), form)))
+
+
 @pytest.mark.parametrize(
     ("the_rounds", "found", "words"),
     [
