@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zmq.utils import z85
 
+from metisfl.deploy import signing
 from metisfl.deploy.keys import Identity
 from metisfl.deploy.signing import PRIME, SIGNATURE_BYTES, is_signed, sign
 from metisfl.proto.errors import MachineError
@@ -105,13 +106,17 @@ def test_there_is_no_signature_for_a_key_that_is_nobodys(u: int) -> None:
 
 
 def test_a_key_in_another_encoding_has_signed_nothing() -> None:
-    """9 is the base point: its secret is known to all, and both encodings are the same key."""
-    one = z85.encode((1).to_bytes(32, "little"))
-    holder = Identity("learner:one", zmq.curve_public(one), one)
-    u = int.from_bytes(z85.decode(holder.public), "little")
-    assert is_signed(holder.public, MESSAGE, signature := sign(holder, MESSAGE))
-    other = z85.encode((u + 2**255).to_bytes(32, "little"))
-    assert not is_signed(other, MESSAGE, signature)
+    """9 is the base point, whose secret is 1. As 9 + p, or with the bit that X25519 ignores, it is
+    the same point under another name."""
+    sodium = signing._sodium()
+    one = (1).to_bytes(32, "little")
+    point = sodium.crypto_scalarmult_ed25519_base_noclamp(one)
+    nonce = (7).to_bytes(32, "little")
+    commitment = sodium.crypto_scalarmult_ed25519_base_noclamp(nonce)
+    challenge = signing._scalar(sodium, commitment, point, MESSAGE)
+    signature = commitment + sodium.crypto_core_ed25519_scalar_add(nonce, challenge)
+    for u, signed in ((9, True), (9 + PRIME, False), (9 + 2**255, False)):
+        assert is_signed(z85.encode(u.to_bytes(32, "little")), MESSAGE, signature) is signed
 
 
 def test_the_secret_is_not_in_the_signature() -> None:

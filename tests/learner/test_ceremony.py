@@ -87,6 +87,7 @@ def test_any_order_repeats_and_restarts_give_the_same_key_everywhere(
             sites[who].read()
     run(sites)
     assert [site.stopped for site in sites] == [None] * 3
+    assert [site.doubts for site in sites] == [[]] * 3, "what is of another ceremony is no forgery"
     assert len({site.key for site in sites}) == 1, "sites hold different keys"
     assert sites[0].key is not None, "there is no key"
     assert [site.shares_made for site in sites] == [1, 1, 1], "a share is made once, for good"
@@ -274,7 +275,18 @@ def test_a_forged_signature_blames_nobody_and_is_told_once() -> None:
     assert sites[0].key is not None
 
 
-@pytest.mark.parametrize("field", ["ceremony", "learner", "publisher", "step", "body"])
+def test_who_speaks_under_anothers_name_is_not_heard() -> None:
+    """The broker lets nobody; if it did, not even a doubt would fall on whose name it is."""
+    sites, log = federation()
+    forged = step(MANIFEST, "cyd", 5, b"\7")
+    forged.step.signature = bytes(64)
+    log.insert(0, core.Heard("learner:eve", forged.step))
+    run(sites)
+    assert [site.doubts for site in sites] == [[]] * 3
+    assert sites[0].key is not None
+
+
+@pytest.mark.parametrize("field", ["ceremony", "learner", "step", "body"])
 def test_a_signature_covers_all_that_counts(field: str) -> None:
     """A record of bob's, put to another use by the broker, is nothing that bob has said."""
     sites, log = federation()
@@ -286,8 +298,6 @@ def test_a_signature_covers_all_that_counts(field: str) -> None:
         moved.ceremony = bytes(16)
     elif field == "learner":
         moved.learner, publisher = "cyd", "learner:cyd"
-    elif field == "publisher":
-        publisher = "learner:eve"
     elif field == "step":
         moved.step = 5
     else:

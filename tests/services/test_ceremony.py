@@ -24,22 +24,39 @@ from metisfl.proto.ckks_key import CEREMONY_MAGIC, PublicPart, SecretPart
 SITES = {"ada": "0", "bob": "0", "cyd": "0"}
 DEADLINE_S = 60.0
 
-# A site that commits to one share and then shows another.
+# A site that breaks the rules in the way that is put in.
 LIAR = """
 import sys
 from metisfl.learner import ceremony_shell as shell
 from metisfl.learner.ceremony_command import command
 
-say = shell.Ceremony._say
-
+say, seal, make_share = shell.Ceremony._say, shell.box_for, shell.make_share
+{lie}
+command(sys.argv[1:])
+"""
+ANOTHER_SHARE = """
 def lie(self, effect):
     if effect.step == 4:
         effect = shell.core.Say(4, bytes([effect.body[0] ^ 1]) + effect.body[1:])
     say(self, effect)
 
 shell.Ceremony._say = lie
-command(sys.argv[1:])
 """
+ANOTHER_BOX = """
+shell.box_for = lambda key, part: seal(key, bytes(32))
+"""
+NO_POLYNOMIAL = """
+def lie(**more):
+    share = make_share(**more)
+    return type(share)(bytes([255]) * len(share.public), share.secret)
+
+shell.make_share = lie
+"""
+LIES = {
+    ANOTHER_SHARE: "cyd has said in step 4 another thing than it was bound to by step 3",
+    ANOTHER_BOX: "says that its box of cyd does not hold what cyd is bound to",
+    NO_POLYNOMIAL: "says that the share of cyd is no part of a key",
+}
 
 
 class Sites:
@@ -50,7 +67,7 @@ class Sites:
         self.daemons.start("broker")
         self.folder = folder
         self.running: dict[str, subprocess.Popen[str]] = {}
-        self.liar = ""
+        self.lie = ""  # of cyd
         self.manifest = self.new_manifest("manifest.toml", *SITES)
 
     def keys(self, name: str) -> Path:
@@ -66,8 +83,8 @@ class Sites:
 
     def start(self, name: str, *more: str) -> None:
         start = [METISFL, "keys", "ceremony"]
-        if name == self.liar:
-            start = [sys.executable, "-c", LIAR]
+        if self.lie and name == "cyd":
+            start = [sys.executable, "-c", LIAR.format(lie=self.lie)]
         options = ["--folder", str(self.keys(name)), "--json", *more]
         options += ["--ingress", self.daemons.ingress, "--live", self.daemons.live]
         self.running[name] = subprocess.Popen(
@@ -165,21 +182,23 @@ def test_a_kill_at_any_step_changes_nothing(sites: Sites, victim: str) -> None:
     sites.check_made(*SITES)
 
 
-def test_a_site_that_changes_its_share_is_named_by_all_others(sites: Sites) -> None:
-    sites.liar = "cyd"
+@pytest.mark.parametrize("lie", LIES, ids=["another share", "another box", "no polynomial"])
+def test_a_site_that_lies_is_named_by_all_others(sites: Sites, lie: str) -> None:
+    sites.lie = lie
     for name in SITES:
         sites.start(name)
     for name in ("ada", "bob"):
         code, out, told = sites.end(name)
         assert code == 4, told
-        assert "cyd has said in step 4 another thing than it was bound to by step 3" in told
+        assert LIES[lie] in told
+        assert "write a new manifest" in told
         assert out == ""
         assert not (sites.keys(name) / "public.ckks").exists()
     sites.daemons.end("broker", signal.SIGKILL)
     sites.start("bob")
     code, _, told = sites.end("bob")
     assert code == 4, "a stop is for good"
-    assert "cyd has said in step 4" in told
+    assert LIES[lie] in told
 
 
 def test_a_new_manifest_makes_a_new_key_and_keeps_the_former_one(sites: Sites) -> None:
