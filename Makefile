@@ -63,8 +63,8 @@ check: check-lock check-format check-types check-rules check-proto check-units c
 	@$(SAY) check 'all good'
 
 bench: $(BUILT) ## measure events, bytes, fold and rounds here; one JSON document each
-	@for bench in events bulk fold 'fold --scheme ckks --params 1000000 --peers' crypto round \
-		'round --privacy ckks' recovery; do $(BIN)/metisfl bench $$bench --json || exit; done
+	@for bench in events bulk fold 'fold --scheme ckks --params 1000000 --peers' crypto \
+		'crypto --profile wide --threshold 3' round 'round --privacy ckks' recovery; do $(BIN)/metisfl bench $$bench --json || exit; done
 
 lock: $(LOCKED) ## resolve pyproject.toml into deploy/requirements anew (ARGS=--upgrade: newest)
 	@$(SAY) lock 'resolving for Python 3.10 and 3.12'

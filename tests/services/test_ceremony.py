@@ -162,6 +162,7 @@ def test_sites_make_a_key_and_say_so_when_asked_again(sites: Sites) -> None:
     assert json.loads(out)["fingerprint"] == public.fingerprint.hex()
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("victim", ["ada", "bob", "cyd", "broker"])
 def test_a_kill_at_any_step_changes_nothing(sites: Sites, victim: str) -> None:
     for name in SITES:

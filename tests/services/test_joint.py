@@ -63,6 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("victim", ["broker", "controller", "bob"])
 def test_a_kill_at_any_step_of_an_opening_changes_nothing(
     field: Daemons, undisturbed: str, victim: str
@@ -81,6 +82,7 @@ def test_a_kill_at_any_step_of_an_opening_changes_nothing(
     assert not twice, f"partials made more than once: {twice}"
 
 
+@pytest.mark.chaos
 def test_a_run_that_waits_asks_a_site_that_was_silent_for_its_partial_again(
     field: Daemons, undisturbed: str
 ) -> None:
