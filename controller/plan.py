@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from metisfl.controller.state import Terms
 from metisfl.proto import events_pb2 as pb
-from metisfl.proto.ckks import check_shares
+from metisfl.proto.ckks import JOINT, check_shares
 from metisfl.proto.events import PAYLOAD_BYTES_MAX
 from metisfl.proto.limits import TENSORS_MAX
 
@@ -66,7 +66,7 @@ def mode_of(terms: Terms | None) -> str:
     """The privacy mode of a federation whose key has these terms."""
     if terms is None:
         return "plain"
-    return "ckks-threshold" if terms.sites else "ckks"
+    return JOINT if terms.sites else "ckks"
 
 
 def uncounted(

@@ -23,7 +23,6 @@ from metisfl.deploy import logs, processes
 from metisfl.deploy.broker_access import Access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.encryption import give_key
-from metisfl.deploy.encryption_settings import JOINT
 from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.joint_encryption import make_joint_key
 from metisfl.deploy.run import Interrupted, StopSignal, run
@@ -34,6 +33,7 @@ from metisfl.deploy.supervisor import Supervisor
 from metisfl.deploy.view import View, readable_bytes, shown_metric, shown_missing
 from metisfl.deploy.watch import RunFailed, new_view, watch
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.ckks import JOINT
 from metisfl.proto.errors import UserError
 from metisfl.proto.model_file import header_of, open_model
 from metisfl.proto.model_pb2 import Manifest

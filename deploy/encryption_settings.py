@@ -13,10 +13,9 @@ from typing import Final
 from metisfl.proto import ckks
 from metisfl.proto.errors import UserError
 
-__all__ = ["ENCRYPTED", "JOINT", "Encryption", "check_encryption"]
+__all__ = ["ENCRYPTED", "Encryption", "check_encryption"]
 
-JOINT: Final = "ckks-threshold"
-ENCRYPTED: Final = ("ckks", JOINT)
+ENCRYPTED: Final = ("ckks", ckks.JOINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Encryption:
 
 def check_encryption(privacy: str, encryption: Encryption, quorum: int, learners: int) -> None:
     """Raise UserError for what no key can be made for, or no round can be opened with."""
-    if privacy == JOINT:
+    if privacy == ckks.JOINT:
         _check_joint(encryption, learners)
     _check_sums(encryption, quorum, learners)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from metisfl.deploy.encryption_settings import (
     ENCRYPTED,
-    JOINT,
     Encryption,
     check_encryption,
 )
@@ -155,7 +154,7 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
             f"allowed is 1 to {len(learners)}"
         )
     # Under a joint key whoever is not believed must be checked: a lie in the fold would show keys.
-    checked = "full" if run["privacy"] == JOINT else "none"
+    checked = "full" if run["privacy"] == ckks.JOINT else "none"
     asked = found["encryption"]
     encryption = Encryption(**{**asked, "verify": asked["verify"] or checked})
     if run["privacy"] in ENCRYPTED:
@@ -163,7 +162,7 @@ def _federation(document: Mapping[str, object], folder: Path) -> Federation:
     elif "encryption" in document:
         raise UserError(
             'encryption: not used where federation.privacy is "plain"; remove the table or set '
-            f'privacy = "ckks" or "{JOINT}"'
+            f'privacy = "ckks" or "{ckks.JOINT}"'
         )
 
     endpoints = {

@@ -16,6 +16,7 @@ from metisfl.learner.home import Home
 from metisfl.learner.trainer import Hyperparameters
 from metisfl.learner.worker_messages import Job, Opening, Result, Sealing
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.ckks import JOINT
 from metisfl.proto.errors import PeerError
 from metisfl.proto.events import decode, may_send
 
@@ -66,7 +67,7 @@ def job_of(
 
     `mark` says what this site has given in the run so far.
     """
-    encrypted = task.privacy in ("ckks", t.JOINT)
+    encrypted = task.privacy in ("ckks", JOINT)
     given = task.hyperparameters
     return Job(
         kind="seal" if trained is not None else _KINDS[task.kind],  # type: ignore[arg-type]

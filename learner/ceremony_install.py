@@ -12,10 +12,11 @@ from typing import Final
 
 from metisfl.deploy.ckks_keys import PUBLIC_FILE, SECRET_FILE, load_public, write_new_key
 from metisfl.deploy.key_lists import replace_file
-from metisfl.learner.ceremony_kept import STATE_FILE, sync_folder
+from metisfl.learner.ceremony_kept import STATE_FILE
 from metisfl.proto.ceremony import Manifest
 from metisfl.proto.ckks_key import FILE_BYTES_MAX, PublicPart, SecretPart
 from metisfl.proto.errors import PeerError, UserError, machine_error
+from metisfl.proto.model_file import sync_folder
 
 __all__ = ["DONE_FILE", "FORMER", "install", "made_before"]
 

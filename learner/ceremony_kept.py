@@ -23,6 +23,7 @@ from metisfl.proto.ceremony import COIN_PART_BYTES, Manifest
 from metisfl.proto.ckks_key import CEREMONY_MAGIC, MASK_KEY_BYTES
 from metisfl.proto.errors import UserError, machine_error
 from metisfl.proto.limits import CEREMONY_BODY_BYTES_MAX, CEREMONY_STEPS
+from metisfl.proto.model_file import sync_folder
 
 __all__ = ["STATE_FILE", "Kept", "begin_kept", "load", "pack", "parse", "save"]
 
@@ -147,15 +148,6 @@ def save(folder: Path, kept: Kept) -> None:
         sync_folder(folder)
     except OSError as error:
         raise machine_error(f"{path}: cannot be written: {error.strerror}", error) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Have what was renamed or made in `folder` outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bytes(least: int, most: int) -> Callable[[Any], bool]:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from metisfl.proto.model_file import sync_folder
+from metisfl.proto.model_file import sync_file, sync_folder
 
 __all__ = ["RUNS_KEPT", "keep"]
 
@@ -22,11 +22,7 @@ def keep(opened: Path, checkpoint: Path) -> None:
 
     Those of older runs go. Raises OSError.
     """
-    descriptor = os.open(opened, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(opened)
     draft = checkpoint.with_suffix(".partial")
     draft.unlink(missing_ok=True)
     os.link(opened, draft)

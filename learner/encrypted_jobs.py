@@ -9,7 +9,6 @@ seeds.
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +22,7 @@ from metisfl.learner.sealed_file import Exceeded, open_sealed, seal
 from metisfl.learner.worker_messages import DURABLE_S, Job, Result, Sealing
 from metisfl.proto import ckks
 from metisfl.proto.errors import PeerError, UserError
-from metisfl.proto.model_file import open_model, sync_folder, write_model
+from metisfl.proto.model_file import open_model, sync_file, sync_folder, write_model
 from metisfl.proto.tensors import compare_manifests, float_specs, is_encrypted, manifest_of
 
 __all__ = ["EncryptedJobs"]
@@ -137,7 +136,8 @@ class EncryptedJobs:
             return replace(trained, digest=b"", exponents=made.exponents, exceeded=made.tensor)
         durable = trained.training_s + time.perf_counter() - started_s >= DURABLE_S
         if durable:
-            _sync(job.update_path)
+            sync_file(job.update_path)
+            sync_folder(job.update_path.parent)
         return replace(trained, digest=made.digest, exponents=made.exponents, durable=durable)
 
     def _weight(self, sealing: Sealing, examples: int) -> float:
@@ -171,13 +171,3 @@ def _exponents(sealing: Sealing, floats: int) -> tuple[int, ...]:
             "give one for each"
         )
     return exponents
-
-
-def _sync(path: Path) -> None:
-    """Put a file and its name on disk for good."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    sync_folder(path.parent)

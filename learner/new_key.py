@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from metisfl.deploy.ckks_keys import PUBLIC_FILE, SECRET_FILE, write_new_key
-from metisfl.deploy.encryption_settings import JOINT
 from metisfl.deploy.options import number, whole_number
 from metisfl.deploy.settings import Encryption, load_federation
 from metisfl.learner.crypto import Crypto, generate
@@ -32,10 +31,10 @@ def command(argv: list[str]) -> int:
     asked, learners = DEFAULTS, options.max_learners
     if options.federation is not None:
         federation = load_federation(options.federation)
-        if federation.privacy == JOINT:
+        if federation.privacy == ckks.JOINT:
             raise UserError(
-                f'{options.federation}: federation.privacy is "{JOINT}": its key is made by all '
-                "sites together, each at its own: metisfl keys ceremony"
+                f'{options.federation}: federation.privacy is "{ckks.JOINT}": its key is made by '
+                "all sites together, each at its own: metisfl keys ceremony"
             )
         if federation.privacy != "ckks":
             raise UserError(

@@ -48,6 +48,7 @@ from metisfl.learner.task_events import (
     told_by,
 )
 from metisfl.proto import events_pb2 as pb
+from metisfl.proto.ckks import JOINT
 from metisfl.proto.events import REASON_CHARACTERS_MAX
 
 __all__ = [
@@ -84,7 +85,6 @@ __all__ = [
 
 RUNS_REMEMBERED: Final = 4
 NONE_OVER: Final = (-1, 0)
-JOINT: Final = "ckks-threshold"
 
 
 class Stage(Enum):

@@ -24,6 +24,7 @@ from typing import Final
 __all__ = [
     "ERROR",
     "EXPONENT_MAX",
+    "JOINT",
     "JOINT_PROFILE",
     "LEARNERS_MAX",
     "PROFILES",
@@ -51,6 +52,8 @@ PROFILES: Final[Mapping[str, int]] = MappingProxyType(
     {"compact": 32, "standard": 44, "fine": 48, "wide": 52}
 )
 """Limb bits k by name, smallest first."""
+JOINT: Final = "ckks-threshold"
+"""The privacy mode in which nobody holds the whole key."""
 JOINT_PROFILE: Final = "wide"
 """The one whose precision the flooding of partial decryptions leaves room in."""
 RING_DIMENSION: Final = 2048

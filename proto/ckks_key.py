@@ -88,7 +88,7 @@ class PublicPart:
     @property
     def privacy(self) -> str:
         """The privacy mode of a federation with this key."""
-        return "ckks-threshold" if self.is_joint else "ckks"
+        return ckks.JOINT if self.is_joint else "ckks"
 
     @property
     def parameters(self) -> ckks.Parameters:

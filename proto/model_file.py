@@ -37,6 +37,7 @@ __all__ = [
     "content_hash",
     "header_of",
     "open_model",
+    "sync_file",
     "sync_folder",
     "write_model",
 ]
@@ -52,7 +53,16 @@ _LENGTH: Final = struct.Struct("<I")
 
 def sync_folder(folder: Path) -> None:
     """Make renames and removals in `folder` durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make what the file `path` holds durable. Raises OSError."""
+    _sync(path)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:
