@@ -7,6 +7,7 @@ Rule 2: keys are done without only where --insecure says so, whatever the home h
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,9 +19,21 @@ from metisfl.deploy.keys import load_identity
 from metisfl.deploy.settings import Federation
 from metisfl.proto.errors import UserError
 
-__all__ = ["Access", "load_access"]
+__all__ = ["Access", "add_federation", "load_access"]
 
 INSECURE_DRIVER: Final = "driver:insecure"
+
+
+def add_federation(parser: argparse.ArgumentParser, *, home_required: bool = False) -> None:
+    """Add `file`, the federation, and --home, who asks."""
+    parser.add_argument("file", type=Path, metavar="FEDERATION.toml")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        required=home_required,
+        metavar="DIR",
+        help="a driver's folder; keys/ holds its identity.key and servers",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from metisfl.deploy import logs
-from metisfl.deploy.broker_access import load_access
+from metisfl.deploy.broker_access import add_federation, load_access
 from metisfl.deploy.database import open_database
 from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.run import Interrupted, StopSignal, first_end, run
@@ -34,14 +34,7 @@ def command(argv: list[str]) -> int:
         description="Ask a federation whose daemons are running for a run, and show it. The file "
         "says where the broker is ([broker] ingress and live) and who takes part.",
     )
-    parser.add_argument("file", type=Path, metavar="FEDERATION.toml")
-    parser.add_argument(
-        "--home",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="the driver's folder; keys/ holds its identity.key and servers",
-    )
+    add_federation(parser, home_required=True)
     parser.add_argument(
         "--continue",
         dest="continues",

@@ -20,7 +20,7 @@ from google.protobuf.json_format import MessageToDict
 
 from metisfl.broker.client import BrokerClient, BrokerStatus, Outbox
 from metisfl.deploy import logs
-from metisfl.deploy.broker_access import load_access
+from metisfl.deploy.broker_access import add_federation, load_access
 from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.run import StopSignal, first_end, run
 from metisfl.deploy.settings import load_federation
@@ -51,13 +51,7 @@ def command(argv: list[str]) -> int:
         description="Show how a federation whose daemons are running stands: who is awaited, since "
         "when, and when each lease ends; and how the broker is.",
     )
-    parser.add_argument("file", type=Path, metavar="FEDERATION.toml")
-    parser.add_argument(
-        "--home",
-        type=Path,
-        metavar="DIR",
-        help="a driver's folder; keys/ holds its identity.key and servers",
-    )
+    add_federation(parser)
     add_insecure(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)

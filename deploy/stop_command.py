@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -22,7 +21,7 @@ from google.protobuf.message import Message
 
 from metisfl.broker.client import BrokerClient, Outbox
 from metisfl.deploy import logs
-from metisfl.deploy.broker_access import load_access
+from metisfl.deploy.broker_access import add_federation, load_access
 from metisfl.deploy.database import transaction
 from metisfl.deploy.insecure import INSECURE, add_insecure
 from metisfl.deploy.run import Interrupted, StopSignal, first_end, run
@@ -94,13 +93,7 @@ def command(argv: list[str]) -> int:
         epilog="Exit codes: 0 the run is stopped, 1 it had come to another end before, 2 no run is "
         "under way, 3 the broker does not answer, 130 interrupted.",
     )
-    parser.add_argument("file", type=Path, metavar="FEDERATION.toml")
-    parser.add_argument(
-        "--home",
-        type=Path,
-        metavar="DIR",
-        help="a driver's folder; keys/ holds its identity.key and servers",
-    )
+    add_federation(parser)
     parser.add_argument("--run", default="", metavar="ID", help="this run and no other")
     parser.add_argument(
         "--reason", default="", metavar="TEXT", help="why, for the log and everybody's records"

@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from metisfl.deploy.key_lists import load_list
 from metisfl.deploy.keys import write_new
-from metisfl.deploy.options import name_of, number, whole_number
+from metisfl.deploy.options import name_of
 from metisfl.deploy.sealing import recipient
 from metisfl.deploy.settings import Federation, load_federation
-from metisfl.proto import ckks
+from metisfl.learner.key_terms import add_terms, default_terms
 from metisfl.proto.ceremony import Manifest
-from metisfl.proto.ckks_key import VERIFY
 from metisfl.proto.errors import MachineError, UserError
 
 if sys.version_info >= (3, 11):
@@ -33,12 +32,8 @@ __all__ = ["load_manifest", "new"]
 FILE_BYTES_MAX: Final = 1 << 18
 DOTS_MAX: Final = 100
 """In a line; a key has up to 40, and a parser is slow with keys of many parts."""
-DEFAULTS: Final[Mapping[str, Any]] = {
-    "error": ckks.ERROR,
-    "min_contributors": 2,
-    "max_share": 0.95,
-    "verify": "full",
-}
+DEFAULTS: Final = default_terms(verify="full")
+TERMS: Final = ("error", "min_contributors", "max_share", "verify")
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -72,7 +67,7 @@ def new(argv: Sequence[str]) -> int:
     name = options.name or (federation and federation.name)
     if not name:
         raise UserError("which federation? Give --name NAME, or --federation FILE.toml")
-    asked = {key: getattr(options, key) for key in DEFAULTS}
+    asked = {key: getattr(options, key) for key in TERMS}
     terms = {
         key: _term(federation, key) if value is None else value for key, value in asked.items()
     }
@@ -102,7 +97,7 @@ def new(argv: Sequence[str]) -> int:
 
 
 def _term(federation: Federation | None, key: str) -> Any:
-    return DEFAULTS[key] if federation is None else getattr(federation.encryption, key)
+    return getattr(DEFAULTS if federation is None else federation.encryption, key)
 
 
 def _sites(options: argparse.Namespace, federation: Federation | None) -> dict[str, str]:
@@ -154,28 +149,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers", type=Path, metavar="FILE", help="take the lines of all learners from this list"
     )
-    parser.add_argument(
-        "--error",
-        type=number(1e-12, 0.1),
-        metavar="E",
-        help=f"promised error of a mean, relative to a tensor's scale (default: {ckks.ERROR:g})",
-    )
-    parser.add_argument(
-        "--min-contributors",
-        type=whole_number(1, ckks.LEARNERS_MAX),
-        metavar="N",
-        help="sites open no model of fewer updates (default: 2)",
-    )
-    parser.add_argument(
-        "--max-share",
-        type=number(1e-3, 1.0),
-        metavar="S",
-        help="sites open no model of which one site is more than this part (default: 0.95)",
-    )
-    parser.add_argument(
-        "--verify",
-        choices=VERIFY,
-        help="full (the default): every site fetches all updates and folds them itself; none: it "
-        "believes the controller",
-    )
+    add_terms(parser, DEFAULTS)
     return parser

@@ -11,18 +11,17 @@ import sys
 from pathlib import Path
 
 from metisfl.deploy.ckks_keys import PUBLIC_FILE, SECRET_FILE, write_new_key
-from metisfl.deploy.options import number, whole_number
-from metisfl.deploy.settings import Encryption, load_federation
+from metisfl.deploy.options import whole_number
+from metisfl.deploy.settings import load_federation
 from metisfl.learner.crypto import Crypto, generate
+from metisfl.learner.key_terms import add_terms, default_terms
 from metisfl.proto import ckks
-from metisfl.proto.ckks_key import VERIFY, PublicPart
+from metisfl.proto.ckks_key import PublicPart
 from metisfl.proto.errors import UserError
 
 __all__ = ["command"]
 
-DEFAULTS = Encryption(
-    profile=None, error=ckks.ERROR, min_contributors=2, max_share=0.95, verify="none"
-)
+DEFAULTS = default_terms(verify="none")
 
 
 def command(argv: list[str]) -> int:
@@ -116,30 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(ckks.PROFILES),
         help="bytes against precision (default: the smallest that keeps the error)",
     )
-    parser.add_argument(
-        "--error",
-        type=number(1e-12, 0.1),
-        metavar="E",
-        help=f"promised error of a mean, relative to a tensor's scale (default: {ckks.ERROR:g})",
-    )
-    parser.add_argument(
-        "--min-contributors",
-        type=whole_number(1, ckks.LEARNERS_MAX),
-        metavar="N",
-        help=f"sites open no model of fewer updates (default: {DEFAULTS.min_contributors})",
-    )
-    parser.add_argument(
-        "--max-share",
-        type=number(1e-3, 1.0),
-        metavar="S",
-        help="sites open no model of which one site is more than this part, 0 to 1 (default: "
-        f"{DEFAULTS.max_share})",
-    )
-    parser.add_argument(
-        "--verify",
-        choices=VERIFY,
-        help="full: every site fetches all updates and folds them itself (default: none)",
-    )
+    add_terms(parser, DEFAULTS)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -150,9 +126,7 @@ def _as_json(public: PublicPart, why: str) -> dict[str, object]:
         "why": why,
         "fingerprint": public.fingerprint.hex(),
         "max_learners": public.max_learners,
-        "error": ckks.parameters_for(
-            public.limb_bits, public.max_learners, modulus=public.modulus
-        ).error,
+        "error": public.parameters.error,
     }
 
 
