@@ -23,7 +23,7 @@ from metisfl.deploy.ckks_keys import (
     write_secret,
 )
 from metisfl.deploy.run_folder import create_run_folder
-from metisfl.proto.ckks_key import FILE_BYTES_MAX, SEALED_MAGIC, SECRET_MAGIC
+from metisfl.proto.ckks_key import CEREMONY_MAGIC, FILE_BYTES_MAX, SEALED_MAGIC, SECRET_MAGIC
 from metisfl.proto.errors import MachineError, UserError
 
 SECRET = secret_of(PUBLIC)
@@ -257,11 +257,14 @@ def test_of_each_file_only_the_first_bytes_are_read(tmp_path: Path) -> None:
     assert refused(tmp_path) == ""
 
 
+SECRETS = (SECRET_MAGIC, SEALED_MAGIC, CEREMONY_MAGIC)
+
+
 @settings(deadline=None)  # a busy disk is no mistake
-@given(st.binary(max_size=12) | st.sampled_from([SECRET_MAGIC, SEALED_MAGIC, PUBLIC.pack()]))
+@given(st.binary(max_size=12) | st.sampled_from([*SECRETS, PUBLIC.pack()]))
 def test_a_file_is_refused_exactly_for_its_first_bytes(scratch: Path, content: bytes) -> None:
     (scratch / "file").write_bytes(content)
-    assert bool(refused(scratch)) == content.startswith((SECRET_MAGIC, SEALED_MAGIC))
+    assert bool(refused(scratch)) == content.startswith(SECRETS)
 
 
 def test_one_secret_part_among_a_thousand_files_is_found(tmp_path: Path) -> None:
